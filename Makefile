@@ -64,7 +64,7 @@ test: $(STAMP) ## run the fast tests
 test-all: $(STAMP) ## run all tests that need no GPU
 	@$(PYTEST) -m 'not gpu and not image and not lab'
 
-test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU) (without those that need a GPU)
+test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (except those that need a GPU)
 	@$(PYTEST) -m 'slow and not gpu and not image and not lab'
 
 COVERAGE_STAMP := .venv-coverage/$(call stamp,coverage)
@@ -73,7 +73,7 @@ $(COVERAGE_STAMP): requirements/coverage.txt requirements/setup.sh
 	@$(SETUP) coverage .venv-coverage
 	@rm -f .venv-coverage/.installed-*; touch $@
 
-coverage: $(STAMP) $(COVERAGE_STAMP) ## measure the lines that the fast tests reach, per package and in all processes
+coverage: $(STAMP) $(COVERAGE_STAMP) ## measure which lines of each package the fast tests run, in all processes
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.covered "$$(.venv-coverage/bin/python -c 'import site; print(site.getsitepackages()[0])')" \
 	  $(WORKERS) -m 'not slow and not gpu and not image and not lab'
 
@@ -91,7 +91,7 @@ $(DOCS_STAMP): requirements/docs.txt requirements/setup.sh
 	@$(SETUP) docs .venv-docs
 	@rm -f .venv-docs/.installed-*; touch $@
 
-docs: $(DOCS_STAMP) ## build the documents as a site in site/; a broken link is an error
+docs: $(DOCS_STAMP) ## build the documents as a site in site/; fails if a link is broken
 	@NO_COLOR=1 .venv-docs/bin/zensical build --strict
 
 include launch/targets.mk

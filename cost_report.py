@@ -1,7 +1,7 @@
 """Reports what a run cost: `python cost_report.py RUN_URL`. See --help and docs/costs.md for all options.
 
-Any Python will do to start it: one without the packages of a report is replaced by the environment of `make setup`,
-`make setup-launch` or `make demo`, whichever is there.
+Any Python can run this file. If packages of the report are missing, the file starts itself again in an environment that
+`make setup`, `make setup-launch` or `make demo` has made.
 """
 
 import os
@@ -13,13 +13,14 @@ PACKAGES = ("dotenv", "numpy", "obstore", "rich", "yaml")
 
 
 def find_environment() -> None:
-    """Start again in an environment with the packages of a report; exit with one sentence if there is none."""
+    """Start again in an environment with the packages of a report. Exit with a message if there is no environment."""
     lacking = [name for name in PACKAGES if find_spec(name) is None]
     if sys.version_info >= (3, 11) and not lacking:
         return
     folder = os.path.dirname(os.path.abspath(__file__))
     paths = [os.path.join(folder, name) for name in ENVIRONMENTS]
-    # Only later ones are tried, so that two incomplete environments do not start each other for ever.
+    # Only environments after the current one are tried. Otherwise two incomplete environments would start each other
+    # forever.
     here = [number for number, path in enumerate(paths) if os.path.realpath(sys.prefix) == os.path.realpath(path)]
     for path in paths[here[0] + 1 if here else 0 :]:
         python = os.path.join(path, "bin", "python")

@@ -54,7 +54,7 @@ FLAGS = (
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the data and the runs")
-    parser.add_argument("--usd", type=float, default=400.0, help="dollars; each step costs one dollar; default 400")
+    parser.add_argument("--usd", type=float, default=400.0, help="dollars to spend; a step costs $1; default 400")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     data = make_data(options.scratch)

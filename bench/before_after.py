@@ -30,7 +30,7 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = harness.options(__doc__, rounds=3)
-    parser.add_argument("--before", type=Path, required=True, help="folder with the checkout that is compared")
+    parser.add_argument("--before", type=Path, required=True, help="folder with the earlier checkout")
     parser.add_argument("--only", default=",".join(MEASUREMENTS), help=f"default {','.join(MEASUREMENTS)}")
     parser.add_argument("--scratch", type=Path, help="existing folder for about 8 GB of files")
     options = parser.parse_args()

@@ -38,7 +38,7 @@ TASK = "pretrain-8xa100"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for task files")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to which finished cases are added")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; finished cases are added to it")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="measure only these cases")
     parser.add_argument(
         "--runs",

@@ -33,7 +33,7 @@ Side = Callable[[int], dict[str, float]]
 def main() -> None:
     parser = harness.options(__doc__, rounds=5)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for files, about 8 GB")
-    parser.add_argument("--layers", type=int, default=12, help="fewer layers give a smaller checkpoint")
+    parser.add_argument("--layers", type=int, default=12, help="number of layers; fewer give a smaller checkpoint")
     options = parser.parse_args()
     ranks = process_group.start("cpu")
     model = GPT(ModelConfig(layers=options.layers))

@@ -61,15 +61,15 @@ def _options() -> argparse.Namespace:
     parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
-    parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="kind of the source's files")
+    parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="format of the source's files")
     parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB")
     parser.add_argument("--sides", default="ours,fineweb,map,read")
-    parser.add_argument("--encode", action="store_true", help="also measure encoding with text and tokens in memory")
+    parser.add_argument("--encode", action="store_true", help="also measure encoding alone, in memory")
     parser.add_argument(
-        "--where", choices=("bucket", "folder"), default="bucket", help="where the benchmark keeps source and shards"
+        "--where", choices=("bucket", "folder"), default="bucket", help="kind of store for source and shards"
     )
-    parser.add_argument("--store", type=Path, help="local folder that holds this bucket or folder; default: --scratch")
-    parser.add_argument("--larger", action="store_true", help="also measure the memory with four times the text")
+    parser.add_argument("--store", type=Path, help="local folder for that store; default: --scratch")
+    parser.add_argument("--larger", action="store_true", help="also measure the memory with four times as much text")
     return parser.parse_args()
 
 

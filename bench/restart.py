@@ -34,7 +34,7 @@ def main() -> None:
     parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for files, about 6 GB")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--setting", action="append", default=[], help="a further setting of the trainer")
+    parser.add_argument("--setting", action="append", default=[], help="another setting for the trainer; repeatable")
     options = parser.parse_args()
     with harness.s3_server(options.scratch):
         tokens.write(DATA, {name: [tokens.random_ids(TOKENS, seed=1)] for name in ("train", "val")})

@@ -37,8 +37,8 @@ _RESULT = "counted: "
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--before", type=Path, help="folder with another checkout, which is counted too")
-    parser.add_argument("--only", default="", help="names such as gpt2-124m-8, separated by commas; default: all")
+    parser.add_argument("--before", type=Path, help="folder with another checkout; also count its operations")
+    parser.add_argument("--only", default="", help="steps, such as gpt2-124m-8, separated by commas; default: all")
     parser.add_argument("--width", type=int, default=0, help="model dimension; default: the preset's")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

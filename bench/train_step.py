@@ -84,9 +84,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--data", default="", help="dataset whose first tokens are used; default: random tokens")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the trainer"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting for the trainer; repeatable"
     )
-    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="torch splits graphs under DDP (on) or not (off)")
+    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="whether torch splits graphs under DDP")
     parser.add_argument("--attention", choices=ATTENTION, help="the only attention kernel that torch may choose")
     parser.add_argument("--without", default="", help="optimizations of our step to switch off (bench.gpu.toggles)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)

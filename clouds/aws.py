@@ -1,7 +1,7 @@
-"""Implements the provider AWS: this machine, prices, spot notices, quotas, leftovers, instances and the bill.
+"""Implements the provider AWS: facts of this machine, prices, spot notices, quotas, leftovers, instances and the bill.
 
-Uses boto3 on the user's computer (quotas, leftovers) and botocore elsewhere. A report needs the rights
-ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
+boto3 is needed on the user's computer only, for credentials, quotas and leftovers. All other requests use botocore. A
+cost report needs the permissions ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
 """
 
 import dataclasses
@@ -42,27 +42,27 @@ from core.task import MachineRequest, TaskSpec
 log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
 INSTANCES_ORIGIN = "EC2's list of instances"
-# Longest wait in seconds for the metadata service, which may need a while after the boot. If it does not answer, the
-# price is unknown, and the cap cannot be kept.
+# Longest wait in seconds for the metadata service, which may need a while after the boot. If the service does not
+# answer by then, the price is unknown, and the cap cannot be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# Codes of quotas in AWS Service Quotas. For each family of instance types, there is a limit of running vCPUs on demand,
-# and another one on spot.
+# Codes of quotas in AWS Service Quotas. Each family of instance types has two quotas: vCPUs of running machines on
+# demand, and vCPUs of running spot machines.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
     "standard": ("L-1216C47A", "L-34B43A08"),
 }
 UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
-# List price per GB for the first terabytes to the internet, and between regions in the US (EC2 pricing page).
+# List prices of traffic (EC2 pricing page): of the first terabytes to the internet, and between two regions in the US.
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
-# The time in an instance's StateTransitionReason, such as "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
+# The time in an instance's StateTransitionReason, such as "User initiated (2026-11-20 08:46:56 GMT)".
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 class Aws(Cloud):
-    """EC2, together with S3 buckets in the same account."""
+    """The provider AWS: machines on EC2, and buckets on S3 in the same account."""
 
     name = "aws"
     key_file = "~/.aws/credentials"
@@ -74,7 +74,7 @@ class Aws(Cloud):
         return catalog.snapshot(self.name)
 
     def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-        """Asks the instance metadata service."""
+        """Takes region, zone, type and market (spot or on demand) from the instance metadata service."""
         items = ("placement/region", "placement/availability-zone", "instance-type", "instance-life-cycle")
         region, zone, instance_type, life_cycle = instance_metadata(items, environment)
         return dataclasses.replace(
@@ -86,9 +86,9 @@ class Aws(Cloud):
         )
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price on demand is that of the snapshot.
+        """The price of this node. For a machine on demand, it comes from the snapshot in clouds/catalog.
 
-        The price on spot is the current one or, if that is not known, the snapshot's median over the zones.
+        For a spot machine, it is the current spot price or, if this is unknown, the snapshot's median over the zones.
         """
         if not facts.instance_type or facts.spot is None:
             return None
@@ -106,14 +106,15 @@ class Aws(Cloud):
         return Price(spread[1], f"median over the zones of {facts.region}, {catalog.SNAPSHOT}") if spread else None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
-        """Two minutes before AWS takes a spot machine, `spot/instance-action` appears. Often earlier,
-        `events/recommendations/rebalance` reports a higher risk (EC2 User Guide, "Spot Instance interruption notices").
+        """`spot/instance-action` appears two minutes before AWS takes a spot machine away (EC2 User Guide).
+
+        `events/recommendations/rebalance` often appears earlier, and reports only a higher risk.
         """
         metadata = Metadata(environment)
         return None if metadata.disabled else partial(_interruption, metadata)
 
     def quota_findings(self, task: TaskSpec) -> Iterator[Finding]:
-        """Compares vCPU quotas with the task. On demand and spot have separate quotas; a new account has 0 for GPUs."""
+        """Compares vCPU quotas with the task. In a new account, the quotas for GPU machines are 0."""
         asked = set()
         for request in task.requests:
             kind, vcpus = self._type_of(request)
@@ -134,7 +135,7 @@ class Aws(Cloud):
             yield Finding("ok" if enough else "!", said + ("" if enough else f", {task.nodes} x {kind} need more"))
 
     def _type_of(self, request: MachineRequest) -> tuple[str, float]:
-        """Instance type and vCPUs of the cheapest offer that fits a request in any region and at any price."""
+        """Instance type and vCPUs of the cheapest offer for a request, without its limits on region and price."""
         anywhere = dataclasses.replace(request, cloud=None, region=None, zone=None, spot=False, max_usd_per_hour=None)
         offers = [offer for offer in self.offers() if catalog.fits(offer, anywhere)]
         if not offers:
@@ -143,7 +144,7 @@ class Aws(Cloud):
         return cheapest.instance_type, cheapest.vcpus or UNKNOWN_VCPUS
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterator[Finding]:
-        """AWS bills each gigabyte that a machine reads from a bucket in another region, or from outside of AWS."""
+        """AWS bills each gigabyte that a machine in another region, or outside of AWS, reads from a bucket."""
         home = _home_of(bucket_url)
         if not home:
             return
@@ -185,7 +186,7 @@ class Aws(Cloud):
         return ec2.leftovers(boto3.session.Session(), whose)
 
     def instances(self, clusters: Sequence[str], region: str, client: Any = None) -> list[Instance]:
-        """SkyPilot tags an instance with its cluster's name and a hash of the user.
+        """Finds instances by SkyPilot's tag, which holds the cluster's name and a hash of the user.
 
         EC2 still lists a terminated instance for about an hour.
         """
@@ -205,7 +206,7 @@ class Aws(Cloud):
         return SpotHistory(tuple(changes), PRICE_SOURCE)
 
     def bill(self, tag: str, value: str, start: float, end: float, client: Any = None) -> Bill:
-        """Unblended dollars by service, from Cost Explorer."""
+        """Dollars by service from Cost Explorer, in its metric UnblendedCost."""
         explorer = client or _client("ce", "us-east-1")
         first, last = (datetime.datetime.fromtimestamp(at, datetime.UTC).date() for at in (start, end))
         arguments: dict[str, Any] = {
@@ -219,7 +220,7 @@ class Aws(Cloud):
         while True:
             try:
                 answer = explorer.get_cost_and_usage(**arguments)
-            except Exception as error:  # not enabled, no permission, no network
+            except Exception as error:  # any error, such as a disabled Cost Explorer, permissions or network
                 raise _unavailable(error) from error
             for group in (group for day in answer["ResultsByTime"] for group in day["Groups"]):
                 cost = group["Metrics"]["UnblendedCost"]
@@ -240,7 +241,7 @@ class Aws(Cloud):
             return None
         prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        names |= {"token": "aws_session_token"}  # obstore's name of a setting, and botocore's name of the same setting
+        names |= {"token": "aws_session_token"}  # obstore's names of settings, each with botocore's name for it
         try:
             place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
             provider = credentials.for_s3(os.environ)
@@ -248,7 +249,7 @@ class Aws(Cloud):
             client = _client("s3", place.region, endpoint_url=place.endpoint, **keys)
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
             return sum(len(page.get("Uploads", ())) for page in pages)
-        except Exception:  # no permission, or a server without this request; the report does not mention it
+        except Exception:  # no permission, or a server without this request: the report then leaves the number out
             return None
 
 
@@ -260,9 +261,9 @@ def _home_of(url: str) -> str | None:
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """The values of `items` in the metadata service. An item that the service does not have is None.
+    """The values of `items` in the metadata service. The value is None if the service has no such item.
 
-    Waits at most METADATA_SECONDS in total.
+    If the service does not answer within METADATA_SECONDS in total, the remaining values are None.
     """
     service = Metadata(environment)
     deadline = time.monotonic() + METADATA_SECONDS
@@ -270,7 +271,7 @@ def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> l
 
 
 def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
-    """The current spot price, or None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
+    """The current spot price. None if AWS does not answer, or if the role lacks ec2:DescribeSpotPriceHistory."""
     now = time.time()
     try:
         return max(spot_prices(zone, instance_type, region, now, now), default=(0.0, None))[1]
@@ -287,7 +288,7 @@ def spot_prices(
     Raises Unavailable.
     """
     client = client or _client("ec2", region)
-    # Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1).
+    # `zone` is a name (us-east-1a) or, as in SkyPilot's catalog, an id (use1-az1).
     place = {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
     try:
         pages = client.get_paginator("describe_spot_price_history").paginate(
@@ -368,5 +369,5 @@ def _client(service: str, region: str | None, **options: Any) -> Any:
 
         settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
         return botocore.session.Session().create_client(service, region_name=region, config=settings, **options)
-    except Exception as error:  # no botocore, no region, broken configuration
+    except Exception as error:  # botocore or the region may be missing, or the configuration may be broken
         raise _unavailable(error) from error

@@ -1,8 +1,8 @@
 """Declares Cloud, the interface of a cloud provider, and the values that its methods return.
 
-A provider is a subclass of `Cloud` in a file beside this one and an entry of CLOUDS in clouds/providers.py. A method
-that a provider does not override returns an empty result: the provider has no such service. A method whose service does
-not answer raises Unavailable, or the error of the library that it uses.
+A provider is a subclass of `Cloud` in a file of this folder, with an entry in CLOUDS of clouds/providers.py. A provider
+overrides only the methods of services that it has. The other methods return an empty result. If a service does not
+answer, its method raises Unavailable, or an error of the library that the method uses.
 """
 
 import re
@@ -13,12 +13,12 @@ from pathlib import Path
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# Each task in sky/ gives this label to its machines, so that they can be found in a provider's list.
+# Each task in sky/ gives its machines this label, so that the machines can be found in a provider's list.
 LABEL = ("project", "pretrain-launcher")
 
 
 class Unavailable(Exception):
-    """A provider cannot answer. The message gives the reason as part of a sentence."""
+    """A provider cannot answer. The message is the reason, which becomes part of a longer sentence."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MachineFacts:
 class Offer:
     """One instance type in one zone.
 
-    Prices are in dollars per hour. A price is None if the provider does not offer the type on demand, or on spot.
+    Prices are in dollars per hour, on demand and on spot. A price is None if there is no such offer.
     """
 
     cloud: str
@@ -70,7 +70,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of `make check`. Its mark is `ok`, `!` (works, but look), `x` (would fail) or `?` (no answer)."""
+    """A line of `make check`. Its mark is `ok`, `!` (a warning), `x` (a launch would fail) or `?` (no answer)."""
 
     mark: str
     what: str
@@ -97,7 +97,7 @@ class Ownership:
         return cluster in self.ours or bool(self.user and cluster.endswith(f"-{self.user}"))
 
     def is_named_as_ours(self, cluster: str) -> bool:
-        """Whether SkyPilot gives this name to a cluster, or to a managed job's machine, of one of our tasks."""
+        """Whether a name is one that SkyPilot gives to clusters or managed jobs of this project's tasks."""
         names = "|".join(map(re.escape, self.tasks))
         return bool(names and re.fullmatch(rf"({names})(-\d+)?-[0-9a-f]{{8}}", cluster))
 
@@ -117,7 +117,8 @@ class Leftover:
     """A machine or volume that is running, or may still be billed.
 
     `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
-    `labelled` that it has this project's label. `end` ends it without SkyPilot, or None if only SkyPilot can end it.
+    `labelled` that it has this project's label. The function `end` ends it without SkyPilot. `end` is None if only
+    SkyPilot can end it.
     """
 
     what: str
@@ -143,9 +144,9 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A provider's notice. If `leave` is true, this machine will be taken away.
+    """A provider's notice about this machine. `leave` is true if the provider will take the machine away.
 
-    Otherwise only the risk of this has grown.
+    If `leave` is false, only the risk of a preemption has grown.
     """
 
     leave: bool
@@ -156,8 +157,8 @@ class Interruption:
 class MachineRecord:
     """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
-    `end` is None while it is up. `was_up` is false for a launch that failed before there was a machine. `exact` is true
-    if the times are from the provider. A launcher's times are not exact, because it notices a shutdown late.
+    `end` is None while the machine is up. `was_up` is false if the launch failed before there was a machine. `exact` is
+    true if the times are from the provider. A launcher's times are not exact, because it notices a shutdown late.
     `usd_per_hour` is for all nodes together.
     """
 
@@ -187,9 +188,9 @@ class MachineRecord:
 
 @dataclass(frozen=True)
 class Billing:
-    """How a provider bills a machine. The bill is in whole units of time and for at least `least_seconds`.
+    """A provider's rules for the bill of a machine: whole units of `unit_seconds`, at least `least_seconds`.
 
-    It begins at the launch, or when the machine is ready.
+    The bill begins at the launch or, if `from_ready` is true, when the machine is ready.
     """
 
     unit_seconds: float = 1.0
@@ -224,11 +225,11 @@ class SpotHistory:
     def mean(self, start: float, end: float) -> float:
         """The mean price in dollars per hour over [start, end], weighted by time.
 
-        Raises Unavailable if the history begins later.
+        Raises Unavailable if the history begins after `start`.
         """
         changes = sorted(self.changes)
         if not changes or changes[0][0] > start or end <= start:
-            raise Unavailable("its history does not reach back to the start")
+            raise Unavailable("the price history does not reach back to the start")
         total = 0.0
         for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
             total += price * max(0.0, min(until, end) - max(since, start))
@@ -237,7 +238,7 @@ class SpotHistory:
 
 @dataclass(frozen=True)
 class Bill:
-    """A provider's bill under a tag, in dollars by service."""
+    """A provider's bill for everything with a certain tag, in dollars by service."""
 
     source: str
     by_service: Mapping[str, float]
@@ -247,7 +248,7 @@ class Cloud:
     """A provider of machines. `name` is its name in SkyPilot, in lower case."""
 
     name = ""
-    # The file of the user's keys, which SkyPilot copies to nodes; "" if it copies none.
+    # The file of the user's keys, which SkyPilot copies to nodes; "" if SkyPilot copies no such file.
     key_file = ""
     # The identity that a node gets on its cloud if the project does not name a role; "" if the cloud has no roles.
     default_role = ""
@@ -262,7 +263,7 @@ class Cloud:
         return known
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price of this node alone."""
+        """The price of this node, without the other nodes of its cluster. None if it is unknown."""
         return None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
@@ -281,7 +282,7 @@ class Cloud:
         return ()
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterable[Finding]:
-        """Costs of reading the data from a bucket of this provider on the machines of a task."""
+        """The costs of the traffic if the machines of a task read the data from a bucket of this provider."""
         return ()
 
     def opens_buckets(self, service: str) -> bool:
@@ -296,11 +297,11 @@ class Cloud:
         return False
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
-        """Whether SkyPilot finds a file of keys that it copies to nodes."""
+        """Whether this computer has the file of keys that SkyPilot copies to nodes."""
         return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """Machines and volumes that may belong to this project, of all users.
+        """Machines and volumes of all users that may belong to this project.
 
         Called only if the provider is configured.
         """
@@ -319,7 +320,7 @@ class Cloud:
         return None
 
     def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
-        """The price of each GB that a machine of a cloud reads from, or writes to, a bucket of this provider.
+        """Two prices in dollars per GB: for reading from a bucket of this provider, and for writing to the bucket.
 
         None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
         """

@@ -20,7 +20,7 @@ from clouds.base import Gpu, Offer
 from core.task import MachineRequest
 
 FOLDER = Path(__file__).parent / "catalog"
-# A line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` renewed its prices.
+# One line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` read the prices.
 SOURCE = FOLDER / "source.txt"
 _ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
 SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
@@ -31,7 +31,7 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 @dataclass(frozen=True)
 class Extra:
-    """A price other than a machine's: of a GB of disk a month, an address an hour, or a GB that leaves the cloud."""
+    """A price other than a machine's: for a GB of disk a month, an address an hour, or a GB that leaves the cloud."""
 
     usd: float
     source: str
@@ -41,8 +41,8 @@ class Extra:
 class Catalog:
     """Offers of all clouds. `source` names the origin of the prices; a forecast prints it.
 
-    `fetched` holds the day on which SkyPilot fetched the prices of each cloud. Each price of the snapshot has a
-    separate date.
+    `fetched` holds, by cloud, the day on which SkyPilot fetched the prices. A cloud whose prices are from the snapshot
+    is not in `fetched`, because each of these prices has its own date.
     """
 
     offers: tuple[Offer, ...]
@@ -83,10 +83,7 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
 
 @functools.cache
 def extras(cloud: str) -> Mapping[str, Extra]:
-    """A cloud's prices other than those of machines, by `disk`, `address` and `leaving`.
-
-    The result is empty if the file has no rows for the cloud.
-    """
+    """A cloud's prices for `disk`, `address` and `leaving`. Empty if the file has no rows for the cloud."""
     with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
     dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}
@@ -96,8 +93,8 @@ def extras(cloud: str) -> Mapping[str, Extra]:
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
     """GPU offers of one cloud from the file that SkyPilot keeps on this computer, and the day of that file.
 
-    None if there is no such file. Unlike `of_skypilot`, this needs no SkyPilot in this environment, no network and no
-    slow import.
+    None if there is no such file. Unlike `of_skypilot`, this function needs no network and does not import SkyPilot,
+    which is slow.
     """
     path = skypilot.catalog_file(cloud)
     try:

@@ -16,8 +16,8 @@ from core import secrets
 from core.errors import one_line
 from core.stores.aws import DEFAULT_REGION
 
-# States of machines that are looked for. While a machine is shutting down, EC2 bills its volumes, but not the machine.
-# A terminated machine is gone.
+# A machine in one of these states is a leftover. While a machine is shutting down, EC2 bills its volumes, but not the
+# machine. A terminated machine is gone.
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down")
 CLUSTER_TAG, USER_TAG = "ray-cluster-name", "skypilot-user"
 PARALLEL_REGIONS = 8
@@ -98,9 +98,9 @@ def _priced(size_gb: int) -> str:
 
 
 def _tagged() -> dict[str, Any]:
-    """One filter that finds our label's key or SkyPilot's key.
+    """A filter for resources that have this project's label or SkyPilot's tag.
 
-    It must be one filter, because EC2 joins several filters by `and`, but the values of a filter by `or`.
+    EC2 joins several filters by `and`, but the values of one filter by `or`. So both keys are values of one filter.
     """
     return {"Name": "tag-key", "Values": [LABEL[0], CLUSTER_TAG]}
 

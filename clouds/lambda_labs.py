@@ -1,4 +1,4 @@
-"""Implements the provider Lambda: this machine and its price, capacity, leftovers.
+"""Implements the provider Lambda: facts and price of this machine, free capacity, and leftovers.
 
 A Lambda machine does not report its instance type, so the type is inferred from the GPUs. Lambda's API has neither
 labels nor a list of past machines.
@@ -22,7 +22,7 @@ from core.task import TaskSpec
 
 API = "https://cloud.lambdalabs.com/api/v1"
 KEYS = Path("~/.lambda_cloud/lambda_keys")
-# Lambda allows one request per second, and SkyPilot uses the same key.
+# Lambda allows one request per second. SkyPilot uses the same key, so a request may need several attempts.
 ATTEMPTS = 6
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -32,7 +32,7 @@ class LambdaLabs(Cloud):
 
     name = "lambda"
     key_file = str(KEYS)
-    # Lambda bills by the minute, from the moment when the health checks passed until the termination.
+    # Lambda bills by the minute, from the moment when the machine has passed its health checks until its termination.
     billing = Billing(unit_seconds=60.0, least_seconds=60.0, from_ready=True)
 
     def offers(self) -> tuple[Offer, ...]:
@@ -43,9 +43,9 @@ class LambdaLabs(Cloud):
         return dataclasses.replace(known, instance_type=types.pop() if len(types) == 1 else None, spot=False)
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price of the type.
+        """The price of this machine's type.
 
-        If the type is unknown, the price that all types with these GPUs have in common, if there is one.
+        If the type is unknown, this is the price of all types with these GPUs. None if their prices differ.
         """
         prices = {
             offer.usd_on_demand
@@ -83,14 +83,14 @@ class LambdaLabs(Cloud):
         return KEYS.expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """All instances except those of this user's other projects: Lambda has no labels to tell projects apart."""
+        """All instances, of all users, except those that SkyPilot lists for this user's other projects."""
         listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
         found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
         return Inventory(tuple(found))
 
 
 def _cluster_of(instance: Mapping[str, Any]) -> str:
-    """SkyPilot names an instance by its cluster, and whether it is the head."""
+    """The cluster of an instance. SkyPilot names instances CLUSTER-head and CLUSTER-worker."""
     name = instance.get("name") or ""
     return name.removesuffix("-head").removesuffix("-worker")
 
@@ -107,7 +107,7 @@ def _leftover(instance: Mapping[str, Any], whose: Ownership) -> Leftover:
 def get(path: str, body: Mapping[str, Any] | None = None) -> Any:
     """`data` in the answer of Lambda's API. If `body` is given, the request is a POST. None if there is no key.
 
-    Retries a refusal for too many requests.
+    If Lambda refuses a request because there were too many, the request is repeated.
     """
     keys = KEYS.expanduser()
     if not keys.exists():

@@ -1,8 +1,8 @@
-"""Describes this node and its price for the ledger: from SkyPilot, the provider and price records.
+"""Describes this node and its price for the ledger. The sources are SkyPilot, the provider and price catalogs.
 
     os.environ.update(describe(os.environ, gpus()))
 
-It guesses nothing: the variable of an unknown fact stays unset, and a price names its source.
+Nothing is guessed: the variable of an unknown fact stays unset, and each price is stored with its source.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
 
-# Time limit of nvidia-smi. It is slow without persistence mode, because the driver then initialises all GPUs for each
-# call.
+# Time limit of nvidia-smi in seconds. Without persistence mode, nvidia-smi is slow, because the driver initialises all
+# GPUs for each call.
 NVIDIA_SMI_SECONDS = 60.0
 # Words that nvidia-smi prints for a healthy GPU instead of a figure, with or without brackets.
 NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
@@ -75,7 +75,7 @@ def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]
 
 
 def _corrected(facts: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-    """`facts`, in which the values that the user set replace others."""
+    """`facts`, with the values that the user has set in `environment`."""
     spot = environment.get("USE_SPOT")
     return dataclasses.replace(
         facts,

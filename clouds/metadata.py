@@ -58,7 +58,7 @@ class Metadata:
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)
-            # Without a proxy, because the service is local to the machine.
+            # The connection uses no proxy, because the service is local to the machine.
             connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_SECONDS)
             with contextlib.closing(connection):
                 connection.connect()

@@ -23,7 +23,7 @@ def cloud_named(name: str | None) -> Cloud | None:
 
 
 def load(offline: bool = False) -> Catalog:
-    """SkyPilot's catalog on this machine if there is one and `offline` is false, else the snapshot."""
+    """SkyPilot's catalog on this machine. The snapshot if there is no such catalog, or if `offline` is true."""
     if not offline:
         try:
             offers = tuple(offer for name in CLOUDS for offer in catalog.of_skypilot(name))
@@ -57,7 +57,7 @@ def snapshot() -> Catalog:
     return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)
 
 
-@functools.cache  # cached, because a report calls it for every phase of every segment
+@functools.cache  # a report calls this function for every phase of every segment
 def on_demand_price(cloud: str, region: str, instance_type: str) -> float | None:
     """Dollars per hour of one node in the snapshot. None if the snapshot has no such offer."""
     provider = cloud_named(cloud)

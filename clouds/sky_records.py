@@ -2,8 +2,8 @@
 
     machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
 
-If this Python has no SkyPilot, another Python that has SkyPilot is asked: that of .venv-launch, or that of the `sky`
-command on PATH.
+If SkyPilot is not installed for this Python, the module runs a Python that has it: the Python of .venv-launch, or of
+the `sky` command on PATH.
 """
 
 import contextlib
@@ -171,7 +171,7 @@ def _ended(record: Mapping[str, Any]) -> bool:
 
 
 def _usd_per_hour(resources: Any) -> float | None:
-    """The list price of one node. None if the lookup fails; SkyPilot would count zero dollars then."""
+    """The list price of one node, or None if the lookup fails. SkyPilot's own report counts $0 for such a node."""
     try:
         price = float(resources.get_cost(3600))
     except Exception:  # the type left the catalog, or the record has no resources
@@ -204,7 +204,7 @@ def _run_of(record: Mapping[str, Any]) -> str | None:
 
 
 def _idle_of(task: str | None) -> float | None:
-    """The idle time until the autostop of a cluster that was launched with a task (YAML); None if it is not known."""
+    """Idle seconds until the autostop of a cluster that was launched with `task` (YAML text). None if not known."""
     with contextlib.suppress(yaml.YAMLError, AttributeError, TypeError, ValueError, ConfigError):
         return idle_seconds((yaml.safe_load(task or "") or {}).get("resources") or {})
     return None

@@ -3,9 +3,9 @@
     clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
     jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
 
-No other module imports SkyPilot, and this one imports it only when a function needs it. The project's folder `sky/`
-(task files) is beside this code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore
-checks what it imported.
+No other module imports SkyPilot, and this one imports it only when a function needs it. If SkyPilot is not installed,
+`import sky` succeeds anyway, because it finds the project's folder `sky/` of task files. `package` therefore checks
+what it imported.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from core.task import TaskSpec
 # Time limit in seconds of a request. A server that hangs, or that a signal has stopped, accepts a request and never
 # answers it.
 LIST_SECONDS = 300.0
-# SkyPilot 0.14.1 prints this, with exit code 1, if its jobs controller is stopped or was never started.
+# SkyPilot 0.14.1 prints this, with exit code 1, if the jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
-# If this option is not given, a node on Lambda gets ~/.aws/credentials. The option is not given if the task has a
-# candidate on AWS, because nodes on AWS would then lose their role.
+# This option keeps ~/.aws/credentials off nodes on Lambda. A task that may also run on AWS is launched without the
+# option, because the option would take the role away from nodes on AWS.
 KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
 USER_HASH = Path("~/.sky/user_hash")
 # Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).
@@ -46,7 +46,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def find_sky() -> str:
-    """Path of the sky command beside this Python, else on PATH. Raises ConfigError."""
+    """The path of the sky command in this Python's folder or, if there is none, on PATH. Raises ConfigError."""
     found = shutil.which("sky", path=str(Path(sys.executable).parent)) or shutil.which("sky")
     if not found:
         raise ConfigError("the sky command is not installed; run `make setup-launch`")
@@ -84,14 +84,14 @@ def user_hash(environment: Mapping[str, str]) -> str:
 
 
 def controller_name(environment: Mapping[str, str]) -> str:
-    """The cluster of this user's controller of managed jobs."""
+    """The name of the cluster that is this user's controller of managed jobs."""
     return f"sky-jobs-controller-{user_hash(environment)}"
 
 
 def variables_of(cluster: Mapping[str, Any]) -> dict[str, str]:
     """The variables of the task that a cluster was launched with, by SkyPilot's record of the cluster.
 
-    SkyPilot 0.14.1 records the task's file as it is, and values that `--env` replaced only in the command.
+    SkyPilot 0.14.1 records the task's file unchanged. Values that `--env` replaced are only in the recorded command.
     """
     found: dict[str, str] = {}
     with contextlib.suppress(yaml.YAMLError, AttributeError):
@@ -111,8 +111,8 @@ def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str,
     """The records that `sky COMMAND -o json` prints.
 
     `nothing` is a text that SkyPilot prints if there are no records. If the command fails and its output contains this
-    text, the list is empty. If it fails in another way, prints no list, or SkyPilot's server does not answer, raises
-    ConfigError with SkyPilot's output.
+    text, the list is empty. Raises ConfigError with SkyPilot's output if the command fails in another way, prints no
+    list, or gets no answer from SkyPilot's server.
     """
     words = [find_sky(), *command, "-o", "json"]
     try:
@@ -155,7 +155,7 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
-    # SkyPilot passes this variable to the node only under this name.
+    # The node gets the endpoint in this variable, whichever variable holds it on this computer.
     given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
@@ -172,14 +172,14 @@ def launch_command(
 
 
 def package() -> Any:
-    """The SkyPilot package. Raises Unavailable."""
+    """The SkyPilot package. Raises Unavailable if SkyPilot is not installed."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # SkyPilot's database migrations log at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
         raise Unavailable(f"SkyPilot is not installed ({error})") from None
     if not hasattr(module, "__version__"):
-        del sys.modules["sky"]  # the project's folder sky/, which Python imported as a namespace package
+        del sys.modules["sky"]  # Python has imported the project's folder sky/ as a namespace package
         raise Unavailable("SkyPilot is not installed")
     return module
 

@@ -15,7 +15,7 @@ from core import urls
 from core.errors import ConfigError
 
 FOLDERS = {"RUN": "runs", "DATA": "data"}
-# S3 allows 1,024 bytes per key. The bytes above this limit are left for the names of objects in the folder.
+# Longest name in bytes. S3 allows 1,024 bytes per key; the rest is for the names of objects in the folder.
 NAME_BYTES = 512
 
 
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """The folder's name in RUN or DATA. It may have several parts, separated by slashes. Raises ConfigError."""
+    """The folder name that `variable` (RUN or DATA) holds. Slashes may separate several parts. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 def run_within(
     command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The ended command with its output as text. Raises subprocess.TimeoutExpired, OSError.
+    """Runs a command. Returns its exit code and its output as text. Raises subprocess.TimeoutExpired, OSError.
 
     After the limit, the command and its child processes are killed. The function does not wait for their end.
     """

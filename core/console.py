@@ -1,6 +1,6 @@
 """Runs the project's programs: sets up logging, shows progress, and prints an error as one sentence.
 
-An entry is a module that can be run as a program. It has `main(arguments) -> exit code` and calls `run_entry(main)`.
+An entry is the module of a program. It defines `main(arguments) -> exit code` and calls `run_entry(main)`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 class _PlainLines(logging.Formatter):
-    """Hides keys and escapes terminal control characters in lines, because messages may quote texts of strangers."""
+    """Hides keys and escapes terminal control characters, because a log line may quote text that a stranger wrote."""
 
     def format(self, record: logging.LogRecord) -> str:
         return output.visible(secrets.scrub(super().format(record)))
@@ -38,9 +38,9 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
     """Run `main` and exit the process. A LauncherError is printed as one line, any other error with its traceback.
 
     Printed errors show `***` instead of secrets. `shows` marks a program whose only purpose is its output. Such a
-    program ends without an error when the reader of its output has closed (`| head`); any other program continues
-    without output. After a request to stop, every failure exits with PREEMPTED. Such a failure may only be a
-    consequence of the stop: a store or another rank may have ended first.
+    program ends without an error when the reader of its output closes the pipe (`| head`); any other program continues
+    without output. After a request to stop, every failure exits with PREEMPTED, because the stop may have caused the
+    failure: for example, another rank may have ended first.
     """
     environment.tidy(os.environ)
     environment.name_user(os.environ)
@@ -78,7 +78,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 class Progress:
-    """Shows progress up to `total`. On a terminal it is a bar. Elsewhere it is a line every `interval_seconds`."""
+    """Shows progress up to `total`: a bar on a terminal, or else a line every `interval_seconds`."""
 
     def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
         self.title = title

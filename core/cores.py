@@ -10,8 +10,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def usable_cores(cgroup: Path = CGROUP) -> int:
     """The number of cores that this process may use, at least 1.
 
-    It is the smaller of two numbers: the cores of the process's affinity (`docker --cpuset-cpus`, Slurm), and the quota
-    of its control group (`docker --cpus`, Kubernetes limits), rounded up.
+    It is the smaller of two limits: the cores of the process's affinity (Slurm, `docker --cpuset-cpus`), and the quota
+    of its control group (Kubernetes, `docker --cpus`), rounded up.
     """
     try:
         cores = len(os.sched_getaffinity(0))
@@ -21,9 +21,9 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """The quota in seconds of CPU time per second. It is infinite if there is no limit.
+    """The quota of the control group, in seconds of CPU time per second; infinity if there is no limit.
 
-    A container sees its control group at the root.
+    In a container, the folder `cgroup` shows the container's own control group.
     """
     try:
         if (cgroup / "cpu.max").exists():  # version 2

@@ -1,7 +1,8 @@
 """Combines the environment of the shell with the variables of a .env file.
 
-A value in the shell has precedence over the file. An empty variable counts as not set. environment.adopt()      adds
-the variables of .env to os.environ, and removes empty ones that would mislead a library
+    environment.adopt()      adds the variables of .env to os.environ
+
+A value in the shell has precedence over the file. An empty variable counts as not set.
 """
 
 import getpass
@@ -16,14 +17,14 @@ from core.errors import ConfigError
 from core.stores import aws
 
 DOTENV = Path(".env")
-# Libraries read an empty variable as a value: botocore contacts `s3..amazonaws.com` for AWS_DEFAULT_REGION="", Google's
-# library opens the file "", Hugging Face caches below the current folder for XDG_CACHE_HOME="".
+# Libraries read these variables even if they are empty. With AWS_DEFAULT_REGION="", botocore contacts
+# `s3..amazonaws.com`. With XDG_CACHE_HOME="", Hugging Face caches below the current folder.
 _READ_BY_LIBRARIES = re.compile(
     r"(AWS|GOOGLE|AZURE|HF|WANDB|MLFLOW|OPENAI|XDG|CUBLAS|OPENBLAS)_\w+|REQUESTS_CA_BUNDLE|TENSORBOARD_DIR"
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
-# Programs build the names of folders and objects from these variables.
+# `tidy` removes white space around these URLs and folder names.
 _PLACES = ("BUCKET", "RUN_URL", "DATA_URL", "SOURCE_URL", "VOCAB_URL")
 
 
@@ -49,8 +50,7 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 def tidy(environment: MutableMapping[str, str]) -> None:
     """Remove empty variables that a library would read as a value.
 
-    Also remove blanks and the line ends of a Windows file from the ends of URLs and names, because they are easily
-    copied along.
+    Also remove white space and line ends of Windows files around URLs and folder names. They are easily copied along.
     """
     for name in _PLACES:
         if name in environment:
@@ -60,9 +60,9 @@ def tidy(environment: MutableMapping[str, str]) -> None:
 
 
 def name_user(environment: MutableMapping[str, str]) -> None:
-    """Give the user a name and a home if the system knows none, as in a container that runs under another user id.
+    """Set USER and HOME if the system does not know this user, as in a container that runs under another user id.
 
-    Python and torch need both to find the user's folders, and fail without them.
+    Python and torch look for the user's folders. Without a name and a home they fail.
     """
     try:
         getpass.getuser()
@@ -75,7 +75,7 @@ def name_user(environment: MutableMapping[str, str]) -> None:
 
 
 def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
-    """Raises ConfigError if AWS_ACCESS_KEY_ID is a key of another S3 server: SkyPilot would log in to AWS with it."""
+    """Raises ConfigError if AWS_ACCESS_KEY_ID is a key of another server: SkyPilot would log in to AWS with it."""
     endpoint = aws.endpoint_of(found)
     if not found.get("AWS_ACCESS_KEY_ID") or found.get("BUCKET_ACCESS_KEY_ID") or aws.service_of(endpoint) == "aws":
         return
@@ -94,7 +94,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
     Raises ConfigError.
     """
     try:
-        # utf-8-sig: some editors begin a file with a byte order mark.
+        # utf-8-sig skips the byte order mark that some editors write at the beginning of a file.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}

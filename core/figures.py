@@ -8,16 +8,16 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Decimal places for dollars: 2 from a dollar on, 4 below a dollar, 6 below a cent (4 for zero)."""
+    """Decimal places for dollars: 2 for a dollar or more, 4 below a dollar, 6 below a cent. Zero has 4."""
     return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
     """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
 
-    `total` is the sum that another table prints for these amounts. If `total` is not given, the amounts are added here.
-    This sum could differ slightly from that of the other table, because the order of additions may be different. An
-    unknown amount is None and stays None. If two remainders are equal, the earlier amount is rounded up.
+    If another table prints the sum of these amounts, pass it as `total`: a second sum of the same floats may differ
+    slightly. An amount of None is unknown and stays None. If two remainders are equal, the earlier amount is rounded
+    up.
     """
     unit = Decimal(1).scaleb(-places)
     exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}
@@ -31,9 +31,10 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
 
 
 def dollars(usd: float | None, places: int = 2, complete: bool = True, most: float | None = None) -> str:
-    """1234.5 → "1,234.50"; None → "?". A sum with an unknown part: "1,234.50 + ?".
+    """1234.5 → "1,234.50"; None → "?".
 
-    A range whose upper end is `most`: "4.92 to 5.03".
+    If `complete` is false, a part of the sum is unknown: "1,234.50 + ?". If `most` is given, it is the upper end of a
+    range: "4.92 to 5.03".
     """
     if usd is None:
         return UNKNOWN

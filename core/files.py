@@ -1,4 +1,4 @@
-"""Writes local files atomically, and lists the files of folders, following links. core/stores/local.py uses it.
+"""Writes local files atomically, and lists folders, following links. core/stores/local.py uses this module.
 
 with files.replacing(Path("run/a.json")) as file:
     file.write(b"{}")
@@ -24,7 +24,7 @@ _NO_HARD_LINKS = _UNSUPPORTED | {errno.EMLINK}
 
 @contextlib.contextmanager
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside `path`. After the block, unless it failed, flush the file and rename it to `path`.
+    """Yield a temporary file beside `path`. If the block succeeds, the file is flushed and renamed to `path`.
 
     If `exclusive` is true and `path` exists, raises FileExistsError. Raises StorageError if the folder is a dangling
     link.
@@ -60,16 +60,16 @@ def _if_supported() -> Iterator[None]:
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> None:
-    """Move a file to a name that is free. Raises FileExistsError if `path` exists.
+    """Rename a file to `path`. Raises FileExistsError if `path` exists.
 
-    Exactly one of several racing callers succeeds.
+    If several callers race for the same path, exactly one succeeds.
     """
     try:
         os.link(temporary, path)  # atomic: `path` appears with its complete content
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # exFAT, SMB and some FUSE file systems have no hard links. Until the second call, `path` is an empty file.
+        # exFAT, SMB and some FUSE file systems have no hard links. Before `replace`, `path` is an empty file here.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         temporary.replace(path)
 
@@ -77,9 +77,9 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
 def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Yield path and status of each file below a folder, at any depth, following links.
 
-    Yields nothing if there is no folder. A folder with several paths is read once, by the path with the fewest links,
-    so loops of links end. A dangling link is listed with the size of the link itself; reading it fails. Raises
-    StorageError if `root` is a dangling link, OSError for an unreadable folder.
+    Yields nothing if `root` does not exist. If links give a folder several paths, the folder is read once, by the path
+    with the fewest links, so loops of links end. A dangling link is listed with the size of the link itself; reading it
+    fails. Raises StorageError if `root` is a dangling link, OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)
@@ -100,8 +100,8 @@ def names(folder: Path) -> list[str]:
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
     """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`.
 
-    Links are followed, and errors raised, as in `below`. Also raises StorageError if the pattern needs a folder and a
-    dangling link is found in its place, because matching files may then be missing.
+    Links are followed as in `below`, and the same errors are raised. Also raises StorageError if there is a dangling
+    link where the pattern needs a folder, because files behind that link might match.
     """
     wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
@@ -134,7 +134,7 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 def link_to_nothing(path: Path) -> Path | None:
     """The dangling link that makes `path` unreachable, or None if there is no such link.
 
-    It is `path` or the nearest folder above `path` that exists as an entry.
+    Only one place is checked: `path` or, if nothing exists there, the nearest folder above it that exists.
     """
     for each in (path, *path.parents):
         if os.path.lexists(each):
@@ -152,11 +152,11 @@ def _check_link(path: Path) -> None:
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
-    `bounded` means that `leads` accepts folders down to some depth only. Then a folder with paths of several depths is
-    read once per depth, because its files may match the pattern at only one depth.
+    `bounded` means that `leads` accepts folders only down to some depth. Links may give a folder paths of several
+    depths. The folder is then read once per depth, because its files may match the pattern at only one of these depths.
     """
-    # A heap, so that a folder with several paths is read by the path with the fewest links and then the least depth.
-    # Paths are strings, because pathlib takes five times as long and a run may have tens of thousands of folders.
+    # The heap returns the folder with the fewest links in its path first, then the one with the least depth. Paths are
+    # strings, because pathlib takes five times as long and a run may have tens of thousands of folders.
     waiting: list[tuple[int, int, str, tuple[str, ...]]] = [(0, 0, str(root), ())]
     read: set[tuple[int, int, int]] = set()
     while waiting:

@@ -1,8 +1,8 @@
-"""Peak dense matrix FLOP/s (for MFU) and memory of accelerators, from NVIDIA's data sheets, without sparsity.
+"""Lists the peak FLOP/s of dense matrix products (for MFU) and the memory of GPUs, from NVIDIA's data sheets.
 
-Sources, read 2026-11: A100 data sheet (2021): 312 TFLOP/s bf16; H100 data sheet (2023): 989 SXM, 756 PCIe;
-H200 data sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 with HBM3/HBM3e); L4: 121;
-L40S: 362; A10: 125; V100 (fp16): 125; RTX 4090 (Ada white paper, fp32 accumulation): 165.
+Sources, read 2026-11: A100 data sheet (2021): 312 TFLOP/s bf16; H100 data sheet (2023): 989 SXM, 756 PCIe; H200 data
+sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 with HBM3/HBM3e); L4: 121; L40S: 362; A10: 125; V100
+(fp16): 125; RTX 4090 (Ada white paper, fp32 accumulation): 165.
 """
 
 # The first entry whose name occurs in the device's name is used, so longer names come first.
@@ -14,14 +14,14 @@ _PEAK_BF16_TFLOPS = (
     ("A100", 312.0),
     ("L40S", 362.0),
     ("L4", 121.0),
-    ("A10G", 70.0),  # AWS g5: 70 TFLOP/s dense fp16 tensor, half of the A10 (AWS g5 page)
+    ("A10G", 70.0),  # dense fp16, from AWS's page of g5
     ("A10", 125.0),
     ("V100", 125.0),
     ("RTX 4090", 165.0),
 )
 
 
-# Compute capability 8.9 (Ada) and above.
+# GPUs with fp8 units: compute capability 8.9 (Ada) and above.
 _WITH_FP8 = frozenset({"H100", "H200", "GH200", "L4", "L40S"})
 
 # Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets. The A10G's figure is from

@@ -1,12 +1,9 @@
-"""Makes standard output safe.
-
-A program crashes neither because of its encoding nor because of a full disk or a closed pipe.
+"""Makes standard output safe: neither its encoding, nor a full disk, nor a closed pipe crashes a program.
 
     output.prepare(is_product=True)
 
-Characters that the encoding lacks are replaced. A write can fail because the disk is full or the reader has closed. It
-then raises OutputEnds in a program whose output is its product. Any other program continues without output, because its
-work matters more.
+Characters that the encoding lacks are replaced. If a write fails, a program whose output is its product gets the
+exception OutputEnds. Any other program continues without output, because its work matters more.
 """
 
 import codecs
@@ -20,7 +17,7 @@ SIMPLER = {"–": "-", "—": "-", "→": "->", "…": "...", "×": "x", "·": "
 SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": "x", "\u00a0": " ", "\u202f": " ", "\u2009": " "}
 # If a text starts with one of these characters, a spreadsheet runs the text as a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-# Control characters of a terminal, and characters that reverse or hide the following text, without line ends and tabs.
+# Control characters of a terminal except line ends and tabs, and characters that reverse or hide the text after them.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -33,7 +30,7 @@ class OutputEnds(Exception):
 
 
 class _Output(io.FileIO):
-    """The raw file of standard output. After the first write that fails it discards everything."""
+    """The raw file of standard output. After the first write that fails, it discards all further output."""
 
     def __init__(self, descriptor: int, is_product: bool):
         super().__init__(descriptor, "w", closefd=False)

@@ -1,7 +1,7 @@
 """Shows the supervisor of a node that this program makes progress, even while it prints nothing.
 
     pulse.beat()            called at the end of each step and of each batch of an evaluation
-    pulse.sign_of_life()    called by the supervisor; a machine without such signs ends (launch/node/switch.py)
+    pulse.sign_of_life()    called by the supervisor, so that launch/node/switch.py does not end the machine
 
 launch.node sets PULSE_FILE and watches the modification time of that file (launch/node/supervise.py).
 launch/node/container.sh sets ALIVE_FILE. If PULSE_FILE is not set, `beat` does nothing. If ALIVE_FILE is not set,

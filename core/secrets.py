@@ -3,10 +3,13 @@
     secrets.scrub(str(error))          for text that is printed
     secrets.without_keys(settings)     for values that are stored; the result does not depend on the environment
 
-There are three kinds of secrets: values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD;
-arguments of `register`, such as a key from a file; and texts with the form of a secret, such as a user and password in
-a URL, or a key in a URL's query or in a header. This module imports no other module of the project, because all code
-that prints imports it.
+There are three kinds of secrets:
+
+- values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD
+- arguments of `register`, such as a key from a file
+- texts with the form of a secret, such as a user and password in a URL, or a key in a URL's query or in a header
+
+This module imports no other module of the project, because all code that prints imports it.
 """
 
 import os
@@ -44,7 +47,7 @@ _registered: set[str] = set()
 
 
 def register(secret: str) -> str:
-    """Add a secret to the known ones. Returns it."""
+    """Add `secret` to the secrets that `scrub` hides. Returns `secret`."""
     if secret.strip():
         _registered.add(secret)
     return secret
@@ -74,7 +77,7 @@ def scrubber() -> Callable[[str], str]:
 def without_keys(value: Any) -> Any:
     """A copy of a value of JSON types, with every text that has the form of a secret hidden.
 
-    Equal values give equal results.
+    The environment is not read, so equal values give equal results.
     """
     if isinstance(value, str):
         return _without_forms(value)

@@ -5,9 +5,9 @@
     if __name__ == "__main__":
         stop.listen()  # before the imports that take seconds
 
-A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. This thread
-immediately ends the process with exit code 33. The exception is a program that has called `allow` to announce that it
-has something to save.
+A separate thread answers requests, because the main thread may be waiting for an import, a GPU or a store. If the
+program has called `allow`, the thread gives it time to save. Otherwise the thread immediately ends the process with
+exit code 33.
 
 SIGTERM is not always a request to stop: torchrun also sends it to the remaining workers when one of them has failed.
 launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if torchrun cannot have sent it
@@ -28,18 +28,18 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# Seconds after a notice at which launch.node kills the program. AWS takes a spot machine away two minutes after its
+# launch.node kills the program this many seconds after a notice. AWS takes a spot machine away two minutes after its
 # notice, and launch/node/container.sh kills the container after 100 s.
 SECONDS = 90.0
 # A program ends itself this many seconds before launch.node would kill it. In this time it can still log its progress.
 SOONER_SECONDS = 10.0
-# Seconds that a process has to end after a request that is not certain. This is less than 30 s, because torchrun kills
-# its workers 30 s after its signal.
+# After a request that is not certain, the process ends within this many seconds. torchrun kills its workers 30 s after
+# its signal, so the limit is lower.
 UNCERTAIN_SECONDS = 20.0
-# Time limit for closing logs and ledger at the end.
+# Time limit in seconds for each of the last actions: log a sentence, close logs and ledger, flush the output.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-WAKE = 0  # a byte that wakes the thread when it is written to the pipe; it is no signal's number
+WAKE = 0  # this byte in the pipe wakes the thread; no signal has the number 0
 
 
 class _State:
@@ -67,7 +67,7 @@ _state = _State()
 def listen(*more: signal.Signals) -> None:
     """Handle SIGTERM, SIGHUP, SIGUSR1 and `more` from now on. Call it in the main thread; a second call has no effect.
 
-    A signal that is ignored (SIGHUP under nohup, SIGINT in the background) stays ignored.
+    A signal that is ignored already (SIGHUP under nohup, SIGINT in the background) stays ignored, except SIGTERM.
     """
     if _state.before:
         return
@@ -75,7 +75,7 @@ def listen(*more: signal.Signals) -> None:
     _state.pipe = os.pipe()
     for end in _state.pipe:
         os.set_blocking(end, False)
-    # The C handler writes the signal's number even while the main thread cannot run Python code.
+    # Python's C handler writes the signal's number to the pipe even while the main thread cannot run Python code.
     signal.set_wakeup_fd(_state.pipe[1], warn_on_full_buffer=False)
     for number in (*SIGNALS, *more):
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
@@ -130,7 +130,7 @@ def ask(reason: str) -> None:
 
 
 def inform(call: Callable[[str], None]) -> None:
-    """Call `call(reason)` once when this process is asked to stop. If it was asked before, call it immediately."""
+    """Call `call(reason)` once when this process is asked to stop. If a request came earlier, call it immediately."""
     with _lock:
         _state.informed.append(call)
         reason = _state.reason
@@ -141,8 +141,8 @@ def inform(call: Callable[[str], None]) -> None:
 def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
     """Announce that there is something to save. The program then has `seconds` to save it after a request to stop.
 
-    When these seconds are over, the process logs the sentence that `last_words` returns. It ends with the code given to
-    `settle`, or with 33.
+    When these seconds are over, the process logs the sentence that `last_words` returns, and ends. The exit code is the
+    argument of `settle`, or 33 if `settle` was not called.
     """
     with _lock:
         if not _state.leaving:
@@ -153,7 +153,7 @@ def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
 
 
 def settle(code: int) -> None:
-    """Fix the exit code. If the process does not end in time, it is ended with this code and not with 33."""
+    """Fix the exit code. If the process does not end in time, it is ended with this code instead of 33."""
     _state.verdict = code
 
 
@@ -176,8 +176,8 @@ def leave(code: int, words: str = "") -> NoReturn:
         _wait_for_the_end()
     if os.environ.get("LOCAL_RANK", "0") == "0" and _state.certain and os.getppid() == _state.parent:
         tell_launcher(code)
-    # Every call runs in a thread with a time limit, because it may hang. `words` are logged first, because a cleanup
-    # may store the log.
+    # Every call runs in a thread with a time limit, because it may hang. `words` are logged before the cleanups,
+    # because a cleanup may store the log.
     _within(CLOSE_SECONDS, [functools.partial(_say, words)] if words else [])
     _within(CLOSE_SECONDS, _state.cleanups)
     _within(CLOSE_SECONDS, [sys.stdout.flush, sys.stderr.flush])
@@ -187,7 +187,7 @@ def leave(code: int, words: str = "") -> NoReturn:
 def hold_if_leaving() -> None:
     """Block if another thread is ending this process.
 
-    The caller has seen a failure, and the end of the process may be its cause.
+    Callers use it after a failure, because the end of the process may have caused the failure.
     """
     if _state.leaving:
         _wait_for_the_end()
@@ -219,7 +219,7 @@ def forget() -> None:
 
 
 def _handle(number: int, _: object) -> None:
-    """Signal handler. Writes the signal to the pipe as well, in case an event loop replaced the wake-up descriptor.
+    """Signal handler. It also writes the signal to the pipe: an event loop may have replaced the wake-up descriptor.
 
     The handler does not take the lock, because it may interrupt the code that holds the lock.
     """

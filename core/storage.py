@@ -1,6 +1,6 @@
 """Reads, writes and lists objects by URI: local paths, memory://, s3://, gs://, az:// and hf:// (read only).
 
-These functions call the stores of core/stores; s3:// covers AWS, Cloudflare R2 and any other endpoint of the protocol.
+These functions call the stores of core/stores. s3:// covers AWS, Cloudflare R2 and any other server with S3's protocol.
 A reader sees a written object completely or not at all. Transient faults are retried with exponential backoff and
 jitter (core/stores/retries.py). Any other error is raised immediately, with the URI and the remedy. Credentials come
 from the environment (core/stores/credentials.py) and never appear in a message.
@@ -31,7 +31,8 @@ T = TypeVar("T")
 # One connection to S3 carries 80 to 100 MB/s, so a large object is read in parts over several connections.
 READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
-# Parts that `chunks` fetches ahead of its reader. They wait in memory, and callers read several objects in parallel.
+# Number of parts that `chunks` fetches ahead of its reader. It is small, because these parts wait in memory and callers
+# read several objects in parallel.
 PARTS_AHEAD = 4
 HEAD_BYTES = 1024
 
@@ -57,7 +58,7 @@ local_path = local.path_of
 
 
 def lasting(uri: str) -> str:
-    """`uri` in a form that can be stored: a local path becomes absolute, so that it holds in any working directory."""
+    """`uri` in a form that can be stored: a local path becomes absolute, so that it is valid from any folder."""
     return os.path.abspath(local_path(uri)) if uri and is_local(uri) else uri
 
 
@@ -82,7 +83,7 @@ def read_bytes(uri: str, most: int | None = None) -> bytes:
 def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
     """The content of an object, in order and in pieces. Raises the errors of `read_bytes`.
 
-    If the object is larger than `most`, nothing of it is read. Parts of a large object are fetched in parallel, and
+    If the object has more than `most` bytes, no piece is yielded. Parts of a large object are fetched in parallel, and
     each part is retried separately.
     """
 
@@ -90,7 +91,7 @@ def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
         size, pieces = store.get(key)
         meter.count(store, reads=1)
         if most is not None and size > most:
-            raise ObjectDamaged(f"{uri}: has {size:,} bytes, where at most {most:,} belong; store it again")
+            raise ObjectDamaged(f"{uri}: has {size:,} bytes, must have at most {most:,}; store it again")
         if size > READ_PART_BYTES:
             return size
         meter.count(store, read_bytes=size)
@@ -108,7 +109,7 @@ def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of an object. Raises StorageError if the object has fewer."""
+    """Bytes [start, end) of an object. Raises StorageError if the object has fewer than `end` bytes."""
     _check_range(start, end)
     return retries.call(uri, "read", lambda store, key: b"".join(_get(store, key, start, end))) if end > start else b""
 
@@ -129,7 +130,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
 
 
 def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
-    """Fill `buffer` with the first bytes of an object by parallel requests. Yields it part by part, in order."""
+    """Fill `buffer` with the first bytes of an object by parallel requests. Yields the filled parts in order."""
 
     def fill(start: int, end: int) -> memoryview:
         def read(store: Store, key: str) -> memoryview:
@@ -226,10 +227,10 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
 
 
 def claim(uri: str, data: bytes) -> None:
-    """Create an object whose creation decides between machines, such as the description of a run.
+    """Create an object that only one machine may create, such as the description of a run.
 
-    Raises ObjectExists if it exists, StorageError if the store would let a second machine create it too. Some stores
-    ignore the condition of a write; even there an object that exists is not overwritten.
+    Raises ObjectExists if the object exists. Raises StorageError if the store ignores the condition of an exclusive
+    write, because a second machine could then create the object too. Even there, an existing object is not overwritten.
     """
     if not is_local(uri) and exists(uri):
         raise ObjectExists(f"{uri}: exists already; nothing was overwritten")
@@ -244,7 +245,7 @@ def claim(uri: str, data: bytes) -> None:
 
 
 def refuses_second_write(uri: str) -> bool:
-    """Whether the store refuses to create an object that exists. If it does not, the object is empty now."""
+    """Whether the store refuses to create the existing object `uri` again. If not, the object is empty now."""
     try:
         write_bytes(uri, b"", exclusive=True)
     except ObjectExists:
@@ -278,16 +279,16 @@ def exists(uri: str) -> bool:
 
 
 def list_objects(prefix: str) -> list[ObjectInfo]:
-    """All objects below a folder at any depth, sorted by URI. There are none if the folder does not exist.
+    """All objects below a folder at any depth, sorted by URI. The list is empty if the folder does not exist.
 
     Raises StorageError if the bucket is missing, or if the folder is a dangling local link. Local links are followed,
-    each folder once (`core.files.below`).
+    but no folder is read twice (`core.files.below`).
     """
     return _listed(prefix, lambda store, key: store.objects(key))
 
 
 def list_names(prefix: str) -> list[str]:
-    """Sorted names of objects and folders one level below a folder. There are none if the folder does not exist."""
+    """Sorted names of objects and folders one level below a folder. The list is empty if the folder does not exist."""
     return sorted(retries.call(prefix, "list", lambda store, key: list(store.names(key))))
 
 
@@ -345,7 +346,7 @@ def _parts(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _get(store: Store, key: str, start: int, end: int) -> Iterator[Buffer]:
-    """Exactly the bytes [start, end)."""
+    """Yields exactly the bytes [start, end) of an object. Raises ShortRead if the object has fewer."""
     count, pieces = store.get(key, start, end)
     _check_length(count, end - start)
     meter.count(store, reads=1, read_bytes=count)

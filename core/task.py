@@ -42,7 +42,7 @@ _PROGRAMS = {
     "data_prep.prepare": "prep",
     "data_prep.fetch": "prep",
 }
-# Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
+# The required setting of a stage. A launch must give it. A forecast replaces a missing value by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
 _SCHEMAS = {"prep": PrepConfig, "synthesize": SynthesisConfig, "export": ExportConfig, "serve": ServeConfig}
 # URLs for a task that has no BUCKET. Such a task can be forecast but not launched.
@@ -51,9 +51,9 @@ _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """Options of a launch that replace the task's machines: `gpus` as NAME or NAME:COUNT, `nodes` as a number.
+    """Options of a launch that replace values of the task. `gpus` is NAME or NAME:COUNT, `nodes` a number.
 
-    `infra` is a place as in SkyPilot, such as `lambda` or `aws/us-east-1`.
+    `infra` is a place in SkyPilot's form, such as `lambda` or `aws/us-east-1`.
     """
 
     gpus: str | None = None
@@ -85,8 +85,7 @@ class Workload:
     """The program that a task runs: its stage ("image" for a build of images) and its settings.
 
     `config` is None if the settings cannot be read; `problem` says why. `assumed` names an assumption about `model` or
-    about the `teacher` of a distillation.
-    `programs` lists all modules of this project that the task's commands run.
+    about the `teacher` of a distillation. `programs` lists all modules of this project that the task's commands run.
     """
 
     stage: str | None
@@ -102,10 +101,10 @@ class Workload:
 class TaskSpec:
     """A parsed task.
 
-    `envs` maps each declared variable to its value, "" if it has none; `required` names the variables without a
-    default, `derived` those whose value follows from the config. `secrets` are names of variables, `images` names of
-    the Docker targets that the task's `setup` builds. `idle_seconds` is the time from the last job's end to the
-    machine's shutdown. It is None if nothing shuts the machine down.
+    `envs` maps each declared variable to its value, or to "" if it has none. `required` names the variables without a
+    default. `derived` holds the variables whose value follows from the config. `secrets` are names of variables.
+    `images` names the Docker targets that the task's `setup` builds. `idle_seconds` is the time from the last job's end
+    to the machine's shutdown, or None if nothing shuts the machine down.
     """
 
     path: str
@@ -152,7 +151,7 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
 
 
 def machine_choice(options: Sequence[str]) -> MachineChoice:
-    """The choice that options of `sky launch` make: `--gpus`, `--num-nodes`, `--infra`. Raises ConfigError."""
+    """Reads `--gpus`, `--num-nodes` and `--infra` from the options of `sky launch`. Raises ConfigError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus")
     parser.add_argument("--num-nodes")
@@ -167,7 +166,7 @@ def machine_choice(options: Sequence[str]) -> MachineChoice:
 
 
 def with_more(words: Sequence[str]) -> list[str]:
-    """The words of a command line. `--more=TEXT` is replaced by the words of TEXT, split as a shell splits them.
+    """The words of a command line, with `--more=TEXT` replaced by the words of TEXT, as a shell splits them.
 
     So a variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
     """
@@ -210,9 +209,9 @@ def _document(path: str) -> Mapping[str, Any]:
 
 
 def idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """Seconds from the end of the last job to the shutdown.
+    """Seconds from the end of the last job to the shutdown of the machine.
 
-    They are 0 for a managed job, and None if the task has no autostop.
+    The result is 0 for a managed job, and None if the task has no autostop.
     """
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
@@ -223,15 +222,15 @@ def idle_seconds(resources: Mapping[str, Any]) -> float | None:
 
 
 def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) -> Iterator[MachineRequest]:
-    """One request for each entry of any_of or ordered and for each alternative accelerator.
+    """One request for each entry of `any_of` or `ordered`, and for each alternative accelerator of the entry.
 
-    Fields beside any_of or ordered are the defaults of its entries.
+    If an entry lacks a field, the field of `resources` itself is taken.
     """
     base = {key: value for key, value in resources.items() if key not in ("any_of", "ordered")}
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
         cloud, region, zone = _place(merged)
-        if choice.infra:  # parts of the place that the launch names replace those that the task names
+        if choice.infra:  # cloud, region or zone of the launch replaces that of the task
             chosen = _place({"infra": choice.infra})
             cloud, region, zone = (new or old for new, old in zip(chosen, (cloud, region, zone), strict=True))
         for accelerator, count in _accelerators(path, choice.gpus or merged.get("accelerators")):
@@ -284,7 +283,7 @@ def _at_least(path: str, key: str, value: Any) -> tuple[float, bool] | None:
 
 
 def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
-    """The first training program that the commands run, else their first program."""
+    """The workload of the first training program in the commands. If there is none, the first program is used."""
     matches = list(_COMMAND.finditer(commands.replace("\\\n", " ")))
     programs = tuple(f"{match[1]}.{match[2]}" for match in matches)
     if not programs:
@@ -317,7 +316,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
 
 
 def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The MAX_USD that the config suggests. It applies if the user gave no MAX_USD and the task's MAX_USD is lower."""
+    """MAX_USD as the config suggests it. Empty if the user gave MAX_USD, or if the task's is not lower."""
     if "MAX_USD" not in envs or environment.get("MAX_USD") or not isinstance(workload.config, TrainingConfig):
         return {}
     usual = workload.config.run.usual_max_usd
@@ -325,9 +324,9 @@ def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[s
 
 
 def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
-    """Add the models that the settings define, and the public models that they name.
+    """Add the model, and the teacher of a distillation, that the settings define or name.
 
-    If there is none, assume GPT-2 124M.
+    If they name no model, GPT-2 124M is assumed.
     """
     if workload.stage in (None, "prep", "synthesize", "export", "serve"):
         return workload
@@ -344,9 +343,9 @@ def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
 
 
 def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
-    """Config files and flags of a command line, with the variables that the task's envs define.
+    """Config files and flags of a command line, with variables replaced by their values in `envs`.
 
-    If a flag's variable is empty, the flag is left out: only the launch sets such a variable.
+    A flag with an empty variable as its value is left out, because only the launch sets such a variable.
     """
     try:
         words = shlex.split(text)
@@ -370,7 +369,7 @@ def _expanded(word: str, envs: Mapping[str, str]) -> str:
 def _config_file(path: str, name: str) -> str:
     """The path of a config file.
 
-    The task gives it relative to the repository's root, where it runs, or to the task file.
+    `name` is relative to the repository's root, where the task runs, or to the task file.
     """
     roots = [Path(), Path(path).parent, Path(path).parent.parent, Path(__file__).parent.parent]
     return next((str(root / name) for root in roots if (root / name).is_file()), name)

@@ -1,11 +1,11 @@
 """Checks data from storage.
 
-Strangers may be able to write to a bucket, so its names, sizes, JSON and texts are not trusted.
+Strangers may be able to write to a bucket. So the names, sizes, JSON and texts in a bucket are not trusted.
 
-    path = untrusted.inside(folder, name)          # a local path for an object's name, proved to be in the folder
-    document = untrusted.read_json(uri)            # JSON, bounded in size, depth and numbers
+    path = untrusted.inside(folder, name)          # the local path of an object, checked to be inside the folder
+    document = untrusted.read_json(uri)            # JSON whose size, depth and numbers are limited
 
-Only this module checks names of objects. `core.output.visible` makes their texts harmless to a terminal.
+Only this module checks names of objects. `core.output.visible` makes the texts of objects harmless to a terminal.
 """
 
 import json
@@ -20,11 +20,11 @@ from core.errors import DataError, ObjectDamaged
 
 # An S3 key has at most 1,024 bytes.
 NAME_BYTES = 1024
-# Far above any manifest: 100,000 shards take 20 MB.
+# Largest JSON document that is read. A manifest of 100,000 shards has only 20 MB.
 DOCUMENT_BYTES = 256 << 20
-# Our documents are at most eight levels deep.
+# Deepest nesting that is read. The documents of this project have at most eight levels.
 DEEPEST = 64
-# The largest whole numbers in our documents are hashes of 64 bits.
+# Limit of whole numbers. The largest ones in the documents of this project are hashes of 64 bits.
 LARGEST_WHOLE = 2**64
 NO_LENGTH = str(int(1e30))  # the model_max_length that transformers writes for a tokenizer without limit
 
@@ -37,7 +37,7 @@ _DRIVE = re.compile(r"(?:^|/)[A-Za-z]:")
 def mistake_in_name(name: Any) -> str | None:
     """The mistake in an object's name below a folder, or None for a good name.
 
-    It completes a sentence that begins with the name. A good name is relative, its parts are neither empty nor `.` or
+    The text completes a sentence that begins with the name. A good name is relative. None of its parts is empty, `.` or
     `..`, and all of its characters are printable.
     """
     if not isinstance(name, str):
@@ -58,9 +58,9 @@ def mistake_in_name(name: Any) -> str | None:
 
 
 def check_name(name: Any, where: str) -> str:
-    """Returns the name.
+    """Returns `name` unchanged if it has no mistake (`mistake_in_name`).
 
-    If the name could lead out of its folder, raises DataError, which names the place `where`.
+    Otherwise raises DataError. Its message begins with `where`, the place of the name.
     """
     if problem := mistake_in_name(name):
         raise DataError(
@@ -73,7 +73,7 @@ def check_name(name: Any, where: str) -> str:
 def inside(folder: Path, name: Any, where: str) -> Path:
     """The local path of the object `name` in `folder`.
 
-    Raises DataError unless the path, with links followed, is inside.
+    Raises DataError if the path leads out of `folder` after its links are followed.
     """
     path = folder / check_name(name, where)
     root, real = folder.resolve(), path.resolve()
@@ -91,7 +91,7 @@ def memory_bytes() -> int:
 
 
 def read_json(uri: str, most: int = DOCUMENT_BYTES, is_finite: bool = True) -> Any:
-    """The JSON of an object. Raises ObjectNotFound, StorageError, and ValueError as `parse_json`."""
+    """The value of an object's JSON. Raises ObjectNotFound, StorageError, and ValueError as `parse_json` does."""
     try:
         data = storage.read_bytes(uri, most)
     except ObjectDamaged as error:
@@ -110,8 +110,8 @@ def read_object(uri: str) -> dict[str, Any]:
 def parse_json(data: bytes | str, is_finite: bool = True) -> Any:
     """The value of a JSON text. Raises ValueError with the reason for any other text.
 
-    It also rejects JSON that is nested deeper than DEEPEST, that holds a whole number above 2^64, or (unless
-    `is_finite` is false) a number that is not finite.
+    Also raises ValueError if the JSON is nested deeper than DEEPEST or holds a whole number of 2^64 or more. Unless
+    `is_finite` is false, NaN and infinity are refused too.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -146,7 +146,7 @@ def _whole(text: str) -> int:
 
 def _real(text: str) -> float:
     number = float(text)
-    if number - number:  # NaN for infinity
+    if number - number:  # true for infinity, because the difference is NaN
         raise ValueError(f"it holds the number {text[:20]}, which is out of range")
     return number
 

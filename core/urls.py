@@ -4,8 +4,8 @@
     mistake("./s3:/bucket/run")    # None: a local path
 
 Each check returns None, or a description of the mistake that completes a sentence such as "KEY is PLACE, which ...".
-pathlib, shells and `.env` files can change s3:// to another form, such as s3:/. Without a check, a place such as s3:/
-would name a local folder, and everything written there would be lost with the machine.
+pathlib, shells and `.env` files can change s3:// to another form, such as s3:/. Without a check, s3:/bucket would name
+a local folder, and everything written there would be lost with the machine.
 """
 
 from __future__ import annotations  # core/bucket.py imports this module, and a node's Python may be old
@@ -29,7 +29,7 @@ HUB_MODEL = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\
 def mistake(place: str) -> str | None:
     """The mistake in a place: it is a wrong URL, or a path that was probably meant as a URL.
 
-    None if there is no mistake.
+    The result is None if there is no mistake.
     """
     if wrapped := _WRAPPED.match(place):
         return f"has spaces or quotes around it; did you mean {_corrected(wrapped[1])}?"
@@ -80,7 +80,7 @@ def mistake_in_model(name: str) -> str | None:
 
 
 def mistake_in_folder(path: str) -> str | None:
-    """The mistake in a local path: it looks like a URL."""
+    """The mistake in a local path that looks like a URL, or None for any other path."""
     if not mistake(path) and not re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
         return None
     return f"is not a path of this machine; give a local path, or ./{path} if that is its name"

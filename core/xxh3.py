@@ -4,10 +4,9 @@
     digest.update(b"...")
     digest.hexdigest()
 
-The results of the package and of numpy are equal (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0);
-numpy takes longer. The hash keeps eight running sums. A block of 1024 bytes contributes to these sums, and its
-contribution depends on that block alone. So numpy computes the contributions of many blocks in one operation, and a
-sequential loop combines them.
+Both give the same result (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0), but numpy takes longer. The
+hash keeps eight running sums. A block of 1024 bytes contributes to these sums, and its contribution depends on that
+block alone. So numpy computes the contributions of many blocks in one operation, and a sequential loop combines them.
 """
 
 import numpy as np
@@ -15,7 +14,8 @@ import numpy as np
 from core.errors import LauncherError
 
 STRIPE, BLOCK, CHUNK = 64, 1024, 1 << 20
-# Shortest supported input, in bytes: XXH3 uses other algorithms below it. Checkpoint files are always longer.
+# Shortest supported input in bytes. XXH3 has other algorithms for shorter inputs, which numpy's version does not have.
+# Checkpoint files are always longer.
 SHORTEST = 241
 _MASK = (1 << 64) - 1
 _P32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
@@ -43,7 +43,7 @@ class NumpyXxh3:
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # the last summed stripe, and after it the input that is not summed yet, at most one block
+        self._rest = b""  # the last summed stripe, then at most one block of input that is not summed yet
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -89,7 +89,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Each block's contribution to the eight sums: (blocks, 8), from words (blocks, stripes, 8), keys (stripes, 8)."""
+    """What each block adds to the sums. Shapes: words (blocks, stripes, 8), keys (stripes, 8), result (blocks, 8)."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

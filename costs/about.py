@@ -1,4 +1,4 @@
-"""Says what a run trained: its model, tokens, machines, settings, dates, cap and forecast."""
+"""Collects the facts of a run: its model, tokens, machines, settings, dates, cap and forecast."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from costs.cells import Attributed
 from costs.model import OutsideTime, Stretch
 from costs.units import model_of
 
-# A stretch that is shorter than this share of the whole time is drawn as a part of the stretch before it.
+# A phase that took less than this share of the whole time is drawn as a part of the phase before it.
 LEAST_SHARE = 1 / 400
 
 
@@ -43,7 +43,7 @@ class About:
 
 
 def about(run: Run, budget: Budget | None = None) -> About:
-    """The facts of a run. `budget` is its newest budget, if `make run` launched it."""
+    """The facts of a run. `budget` is the run's newest budget, if `make run` launched the run."""
     config, last = run.config, run.segments[-1]
     model = model_of(config)
     steps, per_step = _whole(config, "train", "steps"), _whole(config, "batch", "tokens_per_step")
@@ -80,9 +80,9 @@ def machine_in_words(segment: Segment) -> str:
 
 
 def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> list[Stretch]:
-    """The time of each machine in phases, in order.
+    """The time of each machine, cut into stretches of one phase each.
 
-    A phase that is too short to be visible is added to the phase before it.
+    A stretch that is too short to be visible is added to the stretch before it.
     """
     pieces: list[tuple[str, str, list[tuple[str, float, float]]]] = []
     for segment in run.segments:
@@ -121,10 +121,10 @@ def waits(found: list[Stretch]) -> list[tuple[float, float]]:
 
 
 def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[str, float, float]]:
-    """Merges neighbours with the same phase. Stretches shorter than `least` seconds are left out."""
+    """Merges neighbours with the same phase. A stretch shorter than `least` seconds is added to the stretch before."""
     joined: list[tuple[str, float, float]] = []
-    # Short stretches are removed between two passes. The first pass merges equal neighbours. The second pass merges
-    # equal stretches that have become neighbours.
+    # After the first pass, two stretches of one phase may be neighbours, because a short stretch between them is gone.
+    # The second pass merges them.
     for _ in range(2):
         joined = []
         for phase, group in itertools.groupby(spans, key=lambda span: span[0]):
@@ -139,7 +139,7 @@ def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[s
 
 
 def _cap(run: Run) -> float | None:
-    """The cap in the ledger of the newest segment. If it has none, the cap in run.json. None if neither has a cap."""
+    """The cap in the newest segment's ledger or, if that ledger has no cap, in run.json. None if there is no cap."""
     stated = run.segments[-1].program.get("max_usd")
     try:
         usd = timeline.number(float(stated) if stated else _section(run.config, "run").get("max_usd"))

@@ -46,7 +46,7 @@ class Bill:
 def main(arguments: Sequence[str]) -> None:
     """Store a bill. Raises ConfigError, RunError, StorageError.
 
-    If a bill with the same name and day exists, the new one is refused.
+    Raises RunError if a bill with the same supplier, dollars and day exists.
     """
     words = [argument for argument in arguments if not argument.startswith("--")]
     flags = [argument for argument in arguments if argument.startswith("--")]
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def charges(run: Run) -> list[Charge]:
-    """The bills of a run that was read with its objects. A bill that cannot be read becomes a problem of the run."""
+    """The bills among the objects of a run. For a bill that cannot be read, `run.problems` gets a sentence."""
     found = []
     for info in run.objects:
         if not info.uri.startswith(f"{run.folder.bills}/"):

@@ -25,7 +25,7 @@ def add_charges(
     now: float,
     missing: Missing,
 ) -> None:
-    """Add the charges of a run at `now` to `outside`. `records` holds the machine's record by segment number."""
+    """Add the charges of a run until `now` to `outside`. `records` holds, by segment number, the machine's record."""
     shares = shares_of(run, outside.neighbours)
     for segment in run.segments:
         if not segment.spans:
@@ -95,7 +95,8 @@ def _moved(run: Run, outside: Outside, rates: StorageRates, clouds: Mapping[str,
             silent.append(str(segment.number))
             continue
         read, written, reads, writes = (count * machine.nodes for count in segment.moved)
-        # Other ranks upload parts of a checkpoint too. The mark of a checkpoint holds the bytes of all ranks.
+        # The ledger counts the traffic of the first rank of each node. Other ranks upload parts of a checkpoint too,
+        # and the mark of a checkpoint holds the bytes of all ranks.
         written = max(written, _checkpoint_bytes(segment))
         times = (segment.spans[0].start, segment.ended_at)
         usd = (read * reading + written * writing) / 1e9
@@ -109,7 +110,7 @@ def _moved(run: Run, outside: Outside, rates: StorageRates, clouds: Mapping[str,
         outside.charges.append(Charge("requests", *times, usd, source, segment))
     if silent:
         some = ", ".join(silent[:8])
-        missing(outside, "traffic, requests", f"the ledger of segment {some} holds no counts ({len(silent)} of them)")
+        missing(outside, "traffic, requests", f"the ledger of segment {some} holds no counts ({len(silent)} segments)")
 
 
 def _traffic_prices(

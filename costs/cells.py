@@ -68,8 +68,8 @@ def cells(
 ) -> list[Cell]:
     """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`.
 
-    `more_seconds` holds, by number of the segment, the seconds that may have to be added to it. `charges` have dollars
-    but no time. The dollars that `factor` adds (1.19 is a tax of 19 %) become separate cells.
+    `more_seconds` holds, by segment number, the seconds that may have to be added to the segment. `charges` have
+    dollars but no time. The dollars that `factor` adds (1.19 is a tax of 19 %) become separate cells.
     """
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment in run.segments:
@@ -133,8 +133,8 @@ def summed_up(parts: Sequence[Cell]) -> list[Cell]:
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     """Each segment that paid an endpoint, with the dollars that it paid.
 
-    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark. In this
-    case, its payments count for the next segment, which reads them from the run's folder.
+    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark. The next
+    segment then finds these dollars in the run's folder, and they count for that next segment.
     """
     found, known = [], 0.0
     for segment in run.segments:
@@ -160,7 +160,7 @@ def attribute(run: Run, lost: dict[int, Lost], shares: Mapping[int, Shares] | No
 def _attribute(segment: Segment, lost: Lost) -> list[Span]:
     """The segment's spans with the phases of a report, newest first.
 
-    Lost steps are the last ones of a segment, so lost time is taken from the newest spans first.
+    Lost steps are the last steps of a segment, so lost time is taken from the newest spans first.
     """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
     spans = []

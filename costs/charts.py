@@ -12,7 +12,8 @@ from costs import about, svg
 from costs.report import CostReport
 from costs.units import Curves
 
-# Widths in pixels of a drawing in one column and of a drawing across both. costs/page.css chooses which is shown.
+# Each chart is drawn once per width, and costs/page.css shows the drawing that fits the screen. Widths are in pixels:
+# WIDTHS for a chart in one column of the page, FULL_WIDTHS for a chart across both columns.
 WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}
 FULL_WIDTHS = {"full": 1440, "most": 960, **WIDTHS}
 HEIGHT = 280
@@ -22,7 +23,7 @@ TOP, BOTTOM, RIGHT = 14, 28, 12
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
-Draw = Callable[[Any, int, str], str]  # charts of one report, or of several reports
+Draw = Callable[[Any, int, str], str]  # draws a chart of one report, or of several reports
 
 
 def all_widths(draw: Draw, report: Any, widths: Mapping[str, int] = WIDTHS) -> str:
@@ -136,9 +137,9 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
 
 
 def losses(report: CostReport) -> list[tuple[float, float]]:
-    """A line of the validation loss over dollars. If there is no validation loss, the training loss is drawn.
+    """The points (dollars, validation loss) of a run or, if it has no validation loss, (dollars, training loss).
 
-    If there is neither, the result is empty.
+    The result is empty if the run has neither loss.
     """
     curves = report.curves
     return list(zip(curves.val_usd, curves.val_loss, strict=True)) or list(
@@ -147,7 +148,7 @@ def losses(report: CostReport) -> list[tuple[float, float]]:
 
 
 def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str:
-    """A line per run with the loss over dollars: the validation loss or, without it, the training loss."""
+    """A line per run with the validation loss over dollars. A run without validation loss shows its training loss."""
     lines = [losses(report) for report in reports]
     every = sorted(loss for line in lines for _, loss in line)
     every = every[: max(1, math.ceil(len(every) * LOSSES_SHOWN))]
@@ -165,7 +166,7 @@ def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str
 
 
 def speed_over_time(report: CostReport, width: int, kind: str) -> str:
-    """Two plots on one time axis: tokens per second, and below it the MFU if it is known.
+    """Two plots on one time axis: tokens per second and, below, the MFU if it is known.
 
     Marks show where machines ended.
     """
@@ -205,7 +206,7 @@ def _machines(report: CostReport, x: svg.Axis) -> list[str]:
 
 
 def _interrupted(times: Sequence[float], points: svg.Points, starts: Sequence[float]) -> svg.Points:
-    """The points of a line, measured at `times`. The line is interrupted where a new machine started."""
+    """The points of a line, measured at `times`, with a gap in the line where a new machine started."""
     found: list[tuple[float, float | None]] = []
     starts = sorted(starts)
     for index, (time, point) in enumerate(zip(times, points, strict=True)):

@@ -1,4 +1,4 @@
-"""Parses the command line of cost_report.py and runs a report, an estimate or a plan. docs/costs.md describes both."""
+"""Parses the command line of cost_report.py, and runs a report, an estimate or a plan (docs/costs.md)."""
 
 import argparse
 
@@ -24,7 +24,7 @@ Shows what a run cost, phase by phase. All lines add up to the total, to the cen
 
 
 def main(arguments: list[str]) -> int | None:
-    """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if it has nothing to show."""
+    """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if there is nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:
         from costs import estimate_command
@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     for name in FORMS:
         form.add_argument(f"--{name}", action="store_true", help=f"print {name.upper()} instead of tables")
-    parser.add_argument("--html", metavar="FILE", help="write one page that needs no network")
-    parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="show these runs side by side")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page, which needs no network")
+    parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="compare these runs in one table")
     parser.add_argument(
-        "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="follow a run that is running"
+        "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="report again every SECONDS"
     )
     parser.add_argument("--serve", action="store_true", help="serve live pages on 127.0.0.1, of RUN_URL or of all runs")
     parser.add_argument("--port", type=int, default=PORT, help=f"port of --serve (default {PORT}; 0: any free port)")

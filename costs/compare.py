@@ -1,4 +1,4 @@
-"""Puts several runs into tables: an overview, sums over all of them, and two or more side by side."""
+"""Puts several runs into tables: an overview, sums over all runs, and a comparison with one column per run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def overview(reports: Sequence[CostReport]) -> Sheet:
 
 
 def overview_groups(reports: Sequence[CostReport]) -> Sheet:
-    """Sums over all runs by stage, day, place and machine, which equal the sums of the runs' printed figures."""
+    """Sums over all runs by stage, day, place and machine. Each is a sum of figures that the runs' reports print."""
     rows: list[list[str]] = []
     for group in reports[0].by:
         names: dict[str, list[Line]] = {}
@@ -71,7 +71,7 @@ class Value:
 
 
 def comparison(reports: Sequence[CostReport]) -> Sheet:
-    """A table with a column per run, and the difference to the first run for each other run."""
+    """A table with a column per run. Each run but the first has another column with the difference to the first run."""
     level = _equal_loss(reports)
     columns = [_column(report, level) for report in reports]
     order = list(dict.fromkeys(name for column in columns for name in column))
@@ -98,7 +98,7 @@ def _difference(first: Value, other: Value) -> str:
 def _equal_loss(reports: Sequence[CostReport]) -> float | None:
     """The lowest validation loss that all runs reached.
 
-    None if a run has no validation loss, or no known dollars up to it.
+    None if a run has no validation loss, or has time without a price.
     """
     if not all(report.curves.val_loss for report in reports):
         return None
@@ -147,7 +147,7 @@ def _signed_duration(seconds: float) -> str:
 
 
 def _folder_of(urls: Sequence[str]) -> str:
-    """The common folder of all runs, ending with a slash; "" for a single run or without a common folder."""
+    """The common folder of all runs, with a slash at the end. "" for a single run, or if there is no common folder."""
     above = [url.split("/")[:-1] for url in urls]
     common = []
     for parts in zip(*above, strict=False):

@@ -12,13 +12,13 @@ from core.storage import ObjectInfo
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
-NEAR_SECONDS = 86400.0  # longest time that a machine is up before or after a run's own segments
-FORECAST_BUCKET = "s3://forecast"  # a forecast takes the rates of a bucket at the current endpoint
+NEAR_SECONDS = 86400.0  # assumed longest time that a machine is up before or after a run's own segments
+FORECAST_BUCKET = "s3://forecast"  # any bucket name: a forecast needs only the rates of the current endpoint
 # These folders contain no runs.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
-# Public list prices in US dollars by storage service, of the first tier and without the free allowance. S3's prices of
-# requests and egress are the long-standing ones of us-east-1; they are assumptions until a bill confirms them.
+# Public list prices in US dollars by storage service, of the first tier and without the free allowance. For requests
+# and egress of S3, the prices of us-east-1 are assumed, which have not changed for years. No bill has confirmed them.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
     "google": StorageRates(
@@ -38,10 +38,10 @@ def runs_url(environment: Mapping[str, str]) -> str:
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
-    """URLs of the runs at or below `url`, in order, at most `depth` folders down. This makes one listing per folder.
+    """URLs of the runs at or below `url`, in order, at most `depth` folders down. Each folder is listed once.
 
-    The preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run. Here each of them
-    counts as a separate run.
+    The preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run. Each such
+    subfolder counts as a separate run.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
@@ -61,8 +61,8 @@ def _name(uri: str) -> str:
 def neighbours(run: Run) -> list[Segment]:
     """Segments of other runs in the same folder that may have used this run's machines.
 
-    Only their dollars and times are read. Reads only ledgers that were written while the machines may have been up.
-    Managed jobs do not share machines. Raises StorageError.
+    Only dollars and times are read, and only from ledgers that were written while the machines may have been up.
+    Machines of managed jobs are left out, because jobs do not share machines. Raises StorageError.
     """
     clusters = {
         name
@@ -74,7 +74,7 @@ def neighbours(run: Run) -> list[Segment]:
         return []
     first, last = min(start for start, _ in times) - NEAR_SECONDS, max(end for _, end in times) + NEAR_SECONDS
     ledgers = _ledgers_in(_folder_of(run.url))
-    # In a copied bucket, objects have the time of the copy.
+    # In a copied bucket, objects have the time of the copy, so all ledgers are read.
     is_copy = any(min(map(_written, objects)) > last for objects in ledgers.get(run.url, {}).values())
     found = []
     for url, segments in ledgers.items():
@@ -89,7 +89,7 @@ def neighbours(run: Run) -> list[Segment]:
 
 
 def _folder_of(run_url: str) -> str:
-    """The folder in which a run and other runs are. For evaluations, this is the folder of their run."""
+    """The folder that contains a run and other runs. For evaluations, this is the folder that contains their run."""
     above = run_url.rstrip("/").rpartition("/")[0]
     return above.rpartition("/")[0] if RunFolder(above).evaluations == run_url else above
 

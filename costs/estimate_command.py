@@ -100,15 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
-    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs, not the task's; as in sky launch")
-    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes, not the task's")
-    parser.add_argument(
-        "--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region, as in sky launch"
-    )
+    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs instead of the task's")
+    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes instead of the task's")
+    parser.add_argument("--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region")
     parser.add_argument(
         "--tokens", type=float, help="number of tokens to train on or to prepare; default: as the task's config says"
     )
-    parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
+    parser.add_argument("--like", metavar="RUN_URL", help="use the measured speed and overhead of this run")
     parser.add_argument(
         "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this sum; default: the task's MAX_USD"
     )
@@ -222,7 +220,7 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
     best, workload = forecast.rows[0], forecast.task.workload
     notes = list(forecast.sources)
     if workload.problem:
-        notes.append(f"the settings of its program are not known: {workload.problem}")
+        notes.append(f"the settings of the task's program are not known: {workload.problem}")
     if forecast.tokens is None and not is_timed(workload.stage):
         notes.append("the amount of work is not known, so only prices per hour are shown; give --tokens")
     elif best.usd is None:
@@ -238,7 +236,7 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
         notes.append(
             f"assumed per start: provision {assume.provision_seconds:.0f} s, image {assume.image_seconds:.0f} s, "
             f"set-up and first step {assume.setup_seconds + assume.ready_seconds:.0f} s; on spot "
-            f"{assume.preemptions_per_hour:g} preemptions an hour; `--NAME VALUE` changes any (docs/costs.md)"
+            f"{assume.preemptions_per_hour:g} preemptions an hour; `--NAME VALUE` changes a value (docs/costs.md)"
         )
     if cap is not None and best.usd is not None and best.usd > cap:
         notes.append(
@@ -261,7 +259,7 @@ def _price_notes(forecast: Forecast, offers: catalog.Catalog, assume: Assumption
     if prep is not None:
         offer, usd = prep
         notes.append(
-            f"the dollars above do not include the preparation of these tokens, once: about ${_usd(usd)} on a "
+            f"the dollars above do not include the preparation of these tokens; it costs about ${_usd(usd)} once, on a "
             f"{offer.instance_type} in {offer.region} (assumed: {assume.prep_bytes_per_second / 1e6:.0f} MB/s)"
         )
     return notes

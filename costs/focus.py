@@ -1,4 +1,4 @@
-"""Turns reports into rows of charges with the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
+"""Turns reports into rows of charges. Columns have the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
 
 FOCUS requires that names of additional columns begin with `x_`. Dollars are not rounded.
 """
@@ -66,7 +66,7 @@ def _known(text: str) -> str | None:
 
 
 def _day(cell: Cell) -> tuple[str | None, str | None]:
-    """Begin and end of a charge's day, at midnight UTC, or None if the day is unknown."""
+    """Start and end of a charge's day, at midnight UTC. Both are None if the day is unknown."""
     if cell.day == "?":
         return None, None
     day = date.fromisoformat(cell.day)

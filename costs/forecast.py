@@ -35,7 +35,8 @@ _WORK_PHASE = {
     "export": "export",
     "serve": "serve",
 }
-# Work that takes the same time on any machine: the assumption with its seconds, and its name.
+# Stages that take the same time on any machine. For each stage: the field of Assumptions that holds its seconds, and a
+# description.
 _TIMED = {
     "image": ("build_seconds", "building both images"),
     "synthesize": ("synthesize_seconds", "waiting for an endpoint's answers, without the endpoint's own price"),
@@ -53,11 +54,11 @@ class Assumptions:
     setup_seconds: float = 30.0
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
     shutdown_seconds: float | None = None  # idle time until shutdown; None: the task's autostop, else 10 minutes
-    checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
-    preemptions_per_hour: float = 0.25  # spot; as checkpoint.expected_hours_between_failures assumes
+    checkpoint_blocked_seconds: float = 0.3  # measured with 124M: 0.25-0.33 s for the first save, 0.1 s for later saves
+    preemptions_per_hour: float = 0.25  # of spot machines, as in checkpoint.expected_hours_between_failures (4 h)
     prep_bytes_per_second: float = 100e6  # speed of download and upload, which run in parallel; encoding is faster
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
-    epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
+    epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002 conversations)
     evaluate_tokens: float = (
         25e6  # tokens in the validation set of sample-10BT (0.2 %), and in HellaSwag's 40,168 endings with context
     )
@@ -66,13 +67,13 @@ class Assumptions:
     export_seconds: float = 300.0
     serve_seconds: float = 3600.0
     storage_months: float = 1.0
-    controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only `plan` counts it
+    controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only a plan counts it
     bucket_cloud: str = aws.Aws.name
 
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """One offer. `parts` add up to `usd`. The dollars are None if the machine's throughput is unknown."""
+    """One offer and its forecast. `parts` are dollars that add up to `usd`. `usd` is None if the speed is unknown."""
 
     offer: Offer
     spot: bool
@@ -91,7 +92,7 @@ class ForecastRow:
 class Effort:
     """A workload on one offer: `amount` tokens at `rate` tokens/s.
 
-    For work in _TIMED, `amount` is in seconds and `rate` is a factor.
+    For a stage in _TIMED, `amount` is a number of seconds, and `rate` is the factor by which the stage may be faster.
     """
 
     workload: Workload
@@ -165,7 +166,7 @@ def forecast_of(
 
 
 def is_timed(stage: str | None) -> bool:
-    """Whether an assumption gives the time of this work instead of an amount of tokens."""
+    """Whether the time of a stage is an assumption that does not depend on a number of tokens."""
     return stage in _TIMED
 
 
@@ -176,7 +177,7 @@ def _flops_per_token(workload: Workload) -> float | None:
 
 
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
-    """The number of tokens in the settings, or None if it is unknown."""
+    """The number of tokens for which the settings ask, or None if it is unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)
@@ -236,7 +237,7 @@ def _parts(
     same = measured is not None and measured.instance_type == row.offer.instance_type
     imports = 0.0 if effort.workload.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    # A run's measured start begins with its machine, so it includes the image.
+    # The start that was measured on a run includes the pull of the image.
     image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
@@ -261,7 +262,7 @@ def _parts(
 def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
     """Seconds of training between checkpoints.
 
-    If the settings do not fix them, this is the longest interval that the trainer may choose.
+    If the settings do not fix this interval, it is the longest interval that the trainer may choose.
     """
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds
@@ -291,7 +292,7 @@ def _tokens_of_source(place: str) -> float | None:
 def _tokens_of_shards(pattern: str) -> float | None:
     """Tokens of A. Karpathy's shards of FineWeb-Edu, of 100 million each, from the pattern of their names.
 
-    "edu_fineweb_train_0000??.bin" names 99 of them, because number 0 is the validation set.
+    "edu_fineweb_train_0000??.bin" names 99 shards, because number 0 is the validation set.
     """
     match = re.search(r"/edu_fineweb_train_(\d*)(\?+)\.bin$", pattern)
     return (10 ** len(match.group(2)) - 1) * 1e8 if match else None
@@ -312,9 +313,9 @@ def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tup
 
 
 def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, bool]]:
-    """Requests for any machine with GPUs, on demand and on spot.
+    """Pairs (offer, whether on spot) of all machines with GPUs, which could do the work of a task with GPUs.
 
-    For a task without GPUs, they are requests for any machine with at least as many vCPUs.
+    For a task without GPUs, they are the pairs of machines without GPUs that have at least as many vCPUs.
     """
     gpu_work = any(request.accelerator for request in task.requests)
     least = min((request.cpus[0] for request in task.requests if request.cpus), default=0.0)
@@ -327,7 +328,7 @@ def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, boo
 
 
 def _merged(rows: Iterable[ForecastRow]) -> list[ForecastRow]:
-    """`rows` without duplicates: the on-demand offers of a region cost the same in all zones and become one row."""
+    """`rows` without duplicates. On-demand offers cost the same in all zones of a region, so they become one row."""
     found: dict[object, ForecastRow] = {}
     for row in rows:
         zone = row.offer.zone if row.spot else None

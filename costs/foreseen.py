@@ -1,9 +1,7 @@
 """Stores the forecast of a launch with the run, and compares it line by line with the dollars that the run has cost.
 
-    RUN_URL/forecast.json             stored by `cost_report.py estimate TASK --store`
-    RUN_URL/budget/NUMBER/plan.json   stored by `make run`; the newest plan counts
-
-If both exist, forecast.json is used.
+`cost_report.py estimate TASK --store` writes the forecast to RUN_URL/forecast.json. If this file does not exist, the
+newest plan of `make run` is the forecast (RUN_URL/budget/NUMBER/plan.json).
 """
 
 import json
@@ -22,8 +20,8 @@ from costs.cells import Cell
 from costs.forecast import ForecastRow, describe
 
 FORMAT, VERSION = "cost-forecast", 1
-# Lines of a forecast, and the phases of a report that belong to each. The first line takes all phases that belong to no
-# other line.
+# Lines of a forecast, with the phases of a report that belong to each line. The first line takes all phases that belong
+# to no other line.
 LINES = {
     "other": ("not_attributed", "api", "elsewhere", "factor"),
     "provision": ("provision",),
@@ -50,7 +48,7 @@ _PARTS = {
     "checkpoint": "eval, sample, checkpoint",
     "eval, sample, checkpoint, wait": "eval, sample, checkpoint",
 }
-# These parts of a plan are separate runs, or not a cost of the run.
+# These parts of a plan are left out of the comparison: they belong to separate runs, or are not a cost.
 _OTHERS = ("preparation", "evaluation", "reserve")
 
 
@@ -67,9 +65,9 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A line of the comparison, in dollars.
+    """A line of the comparison.
 
-    `foreseen` is None if the forecast has no such line. Costs that are not known count as 0 in `actual`.
+    `foreseen` holds the forecast dollars, or None if the forecast has no such line. `actual` holds the known dollars.
     """
 
     name: str
@@ -123,7 +121,7 @@ def _foreseen(document: Mapping[str, Any], what: str) -> Foreseen | None:
 
 
 def compare(foreseen: Foreseen, parts: Sequence[Cell]) -> list[Comparison]:
-    """Forecast and actual dollars by line, without lines that are zero in both."""
+    """Forecast and actual dollars by line, without lines for which both are zero."""
     line_of = {phase: name for name, phases in LINES.items() for phase in phases}
     actual = dict.fromkeys(LINES, 0.0)
     for cell in parts:

@@ -12,7 +12,7 @@ from costs.report import RUNNING, CostReport
 
 SCRIPT = Path(__file__).with_name("live.js").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-# Only our own script runs, and it talks to this server only.
+# The browser runs only this project's script, and the script may send requests only to this server.
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{_HASH}'; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'"
@@ -53,7 +53,7 @@ def of_comparison(reports: Sequence[CostReport]) -> Page:
 
 
 def of_problem(sentence: str, is_one_of_many: bool = False) -> Page:
-    """A page that says why it cannot show anything yet."""
+    """A page with one sentence that says why there is nothing to show."""
     back = BACK if is_one_of_many else ""
     return Page("Costs of runs", [back, "<h1>Nothing to show</h1>", f"<p>{escape(sentence)}</p>"])
 

@@ -13,7 +13,7 @@ class OutsideTime:
     """Time of a machine in which no segment ran.
 
     `segment` is a segment that ran on this machine before or after that time, if there is one. `more_seconds` may have
-    to be added, because no source knows when the cloud's bill begins or ends. `free` time costs nothing.
+    to be added, because no source knows when the cloud's bill begins or ends. `free` time is not billed.
     """
 
     phase: str
@@ -26,7 +26,7 @@ class OutsideTime:
 
     @property
     def price(self) -> Price | None:
-        """The price of this machine: from the ledger if it has one, else from the launcher's record."""
+        """The price of this machine in the ledger or, if the ledger has no price, in the launcher's record."""
         return (self.segment and self.segment.price) or self.record.price
 
     @property
@@ -102,8 +102,8 @@ class Outside:
     """Everything that other sources add to a run, with the origin of each figure and notes for the reader.
 
     `missing` names the sources that apply to the run and gave no answer. `more_seconds` holds, by segment number, the
-    seconds that may have to be added to the ledger's. `neighbours` are segments of other runs on the run's machines. If
-    no source was asked, `is_asked` is false. `factor`, for tax and discounts, multiplies all dollars.
+    seconds that may have to be added to the segment. `neighbours` are segments of other runs on the run's machines.
+    `is_asked` is false if no source was asked. All dollars are multiplied by `factor`, for tax and discounts.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
@@ -113,7 +113,7 @@ class Outside:
     neighbours: list[Segment] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_asked: bool = False
-    # Dollars of the run at the ledger's prices, before these were replaced by the prices paid.
+    # Dollars of the run at the prices in the ledger. Other dollars use the prices paid, if they are known.
     ledger_usd: float | None = None
     storage: StorageUse | None = None
     budget: Budget | None = None  # the run's newest budget, if `make run` launched the run

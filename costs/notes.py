@@ -12,7 +12,7 @@ CLOCKS_AGREE_SECONDS = 2.0
 
 
 def notes_on_money(run: Run) -> list[str]:
-    """The notes at the top of a report: unknown prices, and caps that were reached."""
+    """The notes at the top of a report: unknown prices, caps that were reached, and a forecast."""
     return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run)]
 
 
@@ -32,7 +32,7 @@ def _price_notes(run: Run) -> list[str]:
 
 
 def _cap_notes(run: Run) -> list[str]:
-    """A sentence for each segment that its cap stopped: the cap, and how to continue."""
+    """A sentence for each segment that was stopped by the cap. It names the cap, and says how to continue."""
     return [
         f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
         f"${_dollars(mark.get('spent_usd'))} spent; to continue, start the run again with a higher MAX_USD"
@@ -45,8 +45,8 @@ def _cap_notes(run: Run) -> list[str]:
 def _forecast_notes(run: Run) -> list[str]:
     """A note with a forecast of the run.
 
-    If the run has finished, this is the forecast that was made nearest to half of its steps, together with the outcome.
-    Otherwise it is the newest forecast.
+    If the run has finished, this is the forecast that was made nearest to half of the run's steps, with the outcome. If
+    the run has not finished, this is the newest forecast.
     """
     points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
     if not points:
@@ -71,7 +71,7 @@ def _dollars(value: object) -> str:
 
 
 def notes_on_time(run: Run) -> list[str]:
-    """Sentences on clocks, overlaps and machines without a heartbeat."""
+    """Sentences on clocks that disagree, segments that overlap, and machines without a heartbeat."""
     notes = []
     for segment in run.segments:
         jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]

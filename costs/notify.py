@@ -1,7 +1,7 @@
-"""Sends messages about runs to NOTIFY_URLS, addresses of apprise: mail, ntfy, Slack, plain JSON to a web server.
+"""Sends messages about runs to the addresses in NOTIFY_URLS, by the package apprise: mail, ntfy, Slack, a web server.
 
-`cost_report.py --watch` and `--serve` look at runs periodically and send the changes between two looks. The first look
-only records the state, and nothing is sent.
+`cost_report.py --watch` and `--serve` look at runs periodically, and send what has changed since the previous look. The
+first look only records the state and sends nothing.
 """
 
 import logging
@@ -44,7 +44,7 @@ def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
         secrets.register(url)
         if not service.add(url):
             raise ConfigError(
-                f"NOTIFY_URLS: address {number} of {len(urls)} is none of apprise's; examples: "
+                f"NOTIFY_URLS: apprise does not know the form of address {number} of {len(urls)}; examples: "
                 "ntfy://TOPIC, json://HOST:PORT/PATH, mailto://USER:PASSWORD@HOST"
             )
 
@@ -133,7 +133,7 @@ def _silent_seconds(report: CostReport, now: float) -> float:
 def keep_looking(
     watched: Watched, reports: Callable[[], list[CostReport]], every: float, ended: threading.Event
 ) -> None:
-    """Look at all runs every `every` seconds in a thread, until `ended`.
+    """Look at all runs every `every` seconds in a thread, until `ended` is set.
 
     If the store does not answer, the thread tries again at the next look.
     """

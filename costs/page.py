@@ -16,7 +16,7 @@ from costs.report import CostReport
 from costs.tables import Sheet, sheets
 from costs.top import top
 
-# No script of any origin runs, and the page loads no other files. So text that was escaped wrongly does no harm.
+# The browser runs no script and loads no other file. So text that was escaped wrongly does no harm.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_name("page.css")
 
@@ -41,7 +41,7 @@ def of_run(report: CostReport) -> list[str]:
 
 
 def of_comparison(reports: Sequence[CostReport]) -> list[str]:
-    """The parts of a page of several runs side by side."""
+    """The parts of a page that shows several runs side by side."""
     sheet = compare.comparison(reports)
     found = ["<h1>Comparison</h1>", f'<p class="lead">{escape(", ".join(report.run for report in reports))}</p>']
     if all(charts.losses(report) for report in reports):
@@ -64,7 +64,7 @@ def overview_as_html(reports: Sequence[CostReport], now: float) -> str:
 
 
 def footer(now: float, more: str = "") -> str:
-    """The last line of a page; `more` is HTML."""
+    """The last line of a page. `more` is HTML at the beginning of this line."""
     return (
         f"<footer>{more}Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; "
         "? means unknown. Times are UTC.</footer>"
@@ -101,7 +101,7 @@ def _charts(report: CostReport) -> Iterable[str]:
 
 
 def _legend(report: CostReport) -> str:
-    """A legend of the stack's phases from top to bottom, with their dollars."""
+    """A legend of the chart of dollars over time: the phases from top to bottom, with their dollars."""
     items = []
     usd = {line.name: line.usd or 0.0 for line in report.phases}
     drawn = charts.stacked(report)
@@ -112,7 +112,7 @@ def _legend(report: CostReport) -> str:
 
 
 def _legend_of_machines(report: CostReport) -> str:
-    """The phases of the time line, and the time between machines."""
+    """A legend of the chart of machines: the phases, and the time in which the run had no machine."""
     shown = {each.phase for each in report.curves.machines}
     items = [_swatch(name, label(name)) for name in (line.name for line in report.phases) if name in shown]
     if found := waits(report.curves.machines):
@@ -144,16 +144,16 @@ def section(title: str, content: str, css: str = "") -> str:
 
 
 def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
-    """The table of a sheet. If `runs` is given, it holds a URL per row.
+    """The table of a sheet. `runs` may hold the URL of a run for each row.
 
-    The first cell of a row then links to the page of its run, and has a box that chooses the run.
+    If it does, the first cell of a row has a link to the page of the run, and a box that selects the run.
     """
 
     def cells(tag: str, row: Sequence[str], run: str = "") -> str:
         found = []
         for column, text in enumerate(row):
             inside = _linked(text, run) if run and not column else escape(text)
-            inside = inside.replace(" to ", " to <wbr>")  # where a range may be broken on a phone
+            inside = inside.replace(" to ", " to <wbr>")  # a phone may break the line inside a range
             css = "wrap" if column < sheet.words else "n"
             spare = " spare" if sheet.heads[column] in sheet.spare else ""
             found.append(f'<{tag} class="{css}{spare}">{inside}</{tag}>')
@@ -167,6 +167,6 @@ def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
 
 
 def _linked(text: str, run: str) -> str:
-    """A box that chooses a run for the comparison, and the link to its page."""
+    """A box that selects a run for a comparison, and the link to the run's page."""
     box = f'<input type="checkbox" name="run" value="{escape(run)}" aria-label="compare {escape(text)}">'
     return f'<span class="pick">{box} <a href="/run?{escape(urlencode({"run": run}))}">{escape(text)}</a></span>'

@@ -127,7 +127,7 @@ def document(report: CostReport) -> dict[str, Any]:
 
 
 def as_json(reports: Sequence[CostReport]) -> str:
-    """A document, or a list of documents for several runs."""
+    """One report as a JSON object. Several reports become a JSON list of objects."""
     documents = [document(report) for report in reports]
     return json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n"
 
@@ -151,5 +151,5 @@ def _field(column: str, value: Any) -> Any:
     if value is None:
         return "?" if "Cost" in column else ""
     if isinstance(value, str) and value.startswith(FORMULA):
-        return f"'{value}"  # a spreadsheet then reads a text and does not run a formula
+        return f"'{value}"  # a spreadsheet shows a value that begins with ' as text, and runs no formula in it
     return value

@@ -1,4 +1,4 @@
-"""Builds the cost report of a run, from its arguments alone. All tables of a report add up to the same total.
+"""Builds the cost report of a run. All tables of a report add up to the same total.
 
 report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]
@@ -25,7 +25,7 @@ from costs.uptime import unheard
 
 RUNNING = "running"
 ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store failed"}
-# A managed job does not restart after these reasons.
+# States of a run after which its managed job starts no other machine.
 FINAL = ("finished", "failed", "interrupted", *ENDINGS.values())
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
@@ -67,7 +67,7 @@ class SegmentLine(Line):
 
 @dataclass(frozen=True)
 class CostReport:
-    """The content of a report for all renderers. Tables add up when rounded to `places` digits.
+    """The content of a report for all renderers. Dollars are rounded to `places` digits, and the tables still add up.
 
     `total` is the bill as known. It starts from the ledger's dollars, `ledger_usd`, applies the prices paid, and adds
     the amounts from other sources. It is complete if every second has a price and each applicable source has answered.
@@ -98,10 +98,7 @@ class CostReport:
 
     @property
     def has_prices(self) -> bool:
-        """Whether every second has a price. If so, shares are shares of the dollars.
-
-        Otherwise they are shares of the time.
-        """
+        """Whether every second has a price. If so, shares are shares of dollars. If not, they are shares of time."""
         return all(line.complete for line in self.phases)
 
 
@@ -118,8 +115,8 @@ def _in_order(cell: Cell) -> tuple[str, int, str, str]:
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
     """The report on a run at `now` (unix seconds).
 
-    From `now` and the last heartbeat follows whether the last machine is still running. `outside` holds the amounts
-    from other sources than the ledger (costs.sources).
+    The last machine counts as running if its last heartbeat is recent at `now`. `outside` holds the amounts from
+    sources other than the ledger (costs.sources).
     """
     outside = outside or Outside()
     foreseen = read_forecast(run)
@@ -134,7 +131,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     summed = summed_up(parts)
     [total] = table(summed, None, ["total"], places)
     used = {cell.phase for cell in summed}
-    # These two lines are shown even if they are zero, because a reader looks for them.
+    # These lines are shown even if they are zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(summed, "phase", order, places, total)

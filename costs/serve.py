@@ -2,9 +2,9 @@
 
     python cost_report.py --serve [RUN_URL]        http://127.0.0.1:8321
 
-A page reads itself again every few seconds. Listens on loopback only, and answers only requests that name this computer
-as host. So a web site whose domain name resolves to this computer cannot read the pages. `ssh -L` makes the pages
-available on another computer.
+A page updates itself every few seconds. The server listens on loopback only, and answers only requests that name this
+computer as host. So a web site whose domain name resolves to this computer cannot read the pages. `ssh -L` makes the
+pages available on another computer.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MOST_COMPARED = 6
 
 
 class Reports:
-    """Reports on runs. A requested report is made anew if it is older than `every` seconds.
+    """Makes and keeps reports. A requested report is made again if the kept report is older than `every` seconds.
 
     `one` makes the report on the run at a URL, and `all_of_them` makes the reports on all runs of the bucket. Both may
     raise LauncherError.
@@ -74,7 +74,7 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
     if options.run_url:
         try:
             reports.of(options.run_url)
-        except RunError as error:  # it may begin later
+        except RunError as error:  # the run may begin later
             log.info("waiting: %s", error)
     else:
         discover.runs_url(os.environ)
@@ -113,13 +113,13 @@ def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
         server = Server((HOST, port), answers)
     except (OSError, OverflowError) as error:
         why = one_line(error)
-        raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free one") from None
+        raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free port") from None
     server.daemon_threads = True
     return server
 
 
 def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTTPRequestHandler]:
-    """The answers to requests. `/` is the page of `run_url`. If no run is given, it is the overview."""
+    """The class that answers requests. `/` is the page of `run_url` or, if `run_url` is None, the overview."""
 
     def page_for(path: str, names: dict[str, list[str]]) -> live.Page | None:
         chosen = names.get("run", [])
@@ -138,7 +138,7 @@ def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTT
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in NAMES:
-                return self._send(403, f"open it as http://{HOST}:{self.server.server_address[1]}\n".encode())
+                return self._send(403, f"open this page as http://{HOST}:{self.server.server_address[1]}\n".encode())
             asked = urlsplit(self.path)
             try:
                 found = page_for(asked.path, parse_qs(asked.query))
@@ -168,6 +168,6 @@ def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTT
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Logs no requests, because a page sends one every few seconds."""
+            """Logs nothing, because each open page sends a request every few seconds."""
 
     return Answers

@@ -1,7 +1,7 @@
-"""Divides the time of a machine among the segments that used it at the same time, so that it is billed once.
+"""Divides the time of a machine among the segments that used it at the same time, so that no time is billed twice.
 
-Segments are on one machine if they name the same host of the same cluster. While n segments share a machine, each pays
-for one n-th of the time, at its own price.
+Segments are on one machine if they name the same host of the same cluster. While n segments share a machine, each
+segment pays for one n-th of the time, at the segment's own price.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,7 +15,7 @@ Machine = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Shares:
-    """The share of its time that a segment pays. The share is `shares[i]` from `edges[i]` to `edges[i + 1]`."""
+    """The shares of time for which a segment pays. From `edges[i]` to `edges[i + 1]`, the share is `shares[i]`."""
 
     edges: Sequence[float]
     shares: Sequence[float]
@@ -32,7 +32,7 @@ class Shares:
         return paid / (end - start)
 
     def applied(self, span: Span) -> Span:
-        """A copy of the span. It holds only the seconds that the segment pays for."""
+        """A copy of the span with only the seconds for which the segment pays."""
         share = self.of(span.start, span.end)
         return replace(span, phases={phase: seconds * share for phase, seconds in span.phases.items()})
 

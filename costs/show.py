@@ -137,8 +137,8 @@ def _write(path: Path, text: str) -> None:
 def _watch(options: argparse.Namespace) -> None:
     """Show the report every few seconds until the run has ended. The run may begin later.
 
-    After a preemption, a managed job continues the run, so the reports go on too. Raises ConfigError without a
-    terminal.
+    After a preemption, a managed job continues the run, so the reports go on too. Raises ConfigError if the output is
+    not a terminal.
     """
     console = render.console()
     if not console.is_terminal:

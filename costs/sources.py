@@ -44,7 +44,7 @@ def ask_others(
     """
     outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
     if outside.factor != 1.0:
-        outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g}: all other lines, times that"))
+        outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g} and multiplies all other lines"))
     outside.storage, outside.budget = storage_use(run), _budget(run, outside)
     outside.charges += added.charges(run)
     rates = outside.storage.rates
@@ -97,7 +97,7 @@ def _machines(
     clouds: Mapping[str, Cloud],
     records: Callable[[Sequence[str]], list[MachineRecord]],
 ) -> None:
-    """Time of the run's machines outside its segments."""
+    """Add to `outside` the time of the run's machines in which no segment ran."""
     found: list[MachineRecord] = []
     if any(segment.launcher for segment in run.segments):
         names = sorted({name for segment in run.segments if (name := segment.launcher.get("cluster"))})
@@ -146,7 +146,7 @@ def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list
 
 
 def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[str, Cloud]) -> list[MachineRecord]:
-    """Replace SkyPilot's times by the cloud's, which are exact to the second. Raises Unavailable."""
+    """Replace SkyPilot's times by the cloud's times, which are exact to the second. Raises Unavailable."""
     clusters: dict[tuple[str, str], set[str]] = {}
     for record in records:
         if record.cloud in clouds and record.region:
@@ -162,8 +162,8 @@ def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[
 def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -> None:
     """Replace the expected price of spot machines by the price in the cloud's history.
 
-    Asks once per cloud, zone and type. Stops at the first refusal, because the reason of the refusal applies to the
-    other machines too.
+    The cloud is asked once per zone and type. No more prices are asked for after the first refusal, because its reason
+    applies to the other machines too.
     """
     groups: dict[tuple[str | None, ...], list[Segment]] = {}
     surprises: dict[tuple[str, str, str], list[str]] = {}

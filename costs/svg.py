@@ -1,6 +1,6 @@
 """Draws lines, areas and bars as inline SVG. Colours are CSS classes of costs/page.css, which has a dark variant.
 
-A chart is drawn for a given width; a page contains several drawings, because scaling would shrink the text.
+A chart is drawn for a given width. A page contains each chart in several widths, because scaling would shrink the text.
 """
 
 import math
@@ -10,9 +10,9 @@ from html import escape
 
 Points = Sequence[tuple[float, float | None]]
 HOVER_COLUMNS, TAB_STOPS = 40, 8
-CHARACTER = 7.2  # width in pixels of a wide chart, for the boxes of hints
+CHARACTER = 7.2  # estimated width in pixels of a character in the box of a hint
 MOST_TIMES = 10
-EDGE = 14  # pixels beside a chart that half a label may need
+EDGE = 14  # pixels: half the width of a label of the time axis
 PIXELS_PER_TIME, PIXELS_PER_VALUE, PIXELS_PER_LINE = 56, 60, 40  # pixels that a label needs, with the space around it
 
 
@@ -80,10 +80,7 @@ def frame(x: Axis, y: Axis, *, labels: bool = True) -> list[str]:
 
 
 def x_labels(x: Axis, bottom: float) -> list[str]:
-    """The labels of a horizontal axis.
-
-    A label that would extend beyond the chart is moved, so that it ends at the right edge.
-    """
+    """The labels of a horizontal axis. A label that would extend beyond the chart is moved inwards."""
     parts = []
     for tick in x.ticks:
         anchor = "end" if x.end - x(tick) < EDGE else "start" if x(tick) - x.start < 1 and x.start < EDGE else "middle"
@@ -92,7 +89,7 @@ def x_labels(x: Axis, bottom: float) -> list[str]:
 
 
 def line(x: Axis, y: Axis, points: Points, css: str) -> str:
-    """A line that is interrupted at values that are None."""
+    """A line through points, with a gap where a value is None."""
     path, pen_up = [], True
     for at, value in points:
         if value is None:
@@ -138,7 +135,7 @@ def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]
     for index, (_, hint) in enumerate(shown):
         left = (edges[index - 1] + edges[index]) / 2 if index else edges[index]
         right = (edges[index] + edges[index + 1]) / 2 if index + 1 < len(edges) else x.end
-        # The tab key stops only at some of the columns, so that a user soon gets past the chart.
+        # The tab key stops only at about TAB_STOPS of the columns, so that a user soon gets past the chart.
         stop = 0 if index % max(1, len(shown) // TAB_STOPS) == 0 else -1
         column = (
             f'<rect class="hover" x="{left:.2f}" y="{top}" width="{max(0.0, right - left):.2f}" '

@@ -1,4 +1,4 @@
-"""Turns a report into tables of text, which terminal, Markdown and page share."""
+"""Turns a report into tables of text, which are the same on the terminal, in Markdown and on a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from costs.model import StorageUse
 from costs.report import CostReport, Line, SegmentLine
 from costs.units import Units
 
-RANGE = "a range, because no source knows when a machine's bill began or ended: an invoice settles it"
+RANGE = "a range, because no source knows when a machine's bill began or ended: an invoice has the exact amount"
 # A longer table shows only its first and last segments.
 SEGMENTS_SHOWN = 40
 
@@ -66,7 +66,7 @@ def _phases(report: CostReport) -> Sheet:
 
 
 def _forecast(report: CostReport) -> Sheet:
-    """The forecast of the launch beside the dollars as known, line by line."""
+    """The forecast of the launch and the known dollars, side by side for each line."""
 
     def row(name: str, foreseen: float | None, actual: float) -> list[str]:
         difference = f"{100 * (actual / foreseen - 1):+.0f} %" if foreseen else ""
@@ -133,7 +133,7 @@ def headline(report: CostReport) -> str:
 def sums(report: CostReport) -> str:
     """Notes on the total.
 
-    They say which sum it is, give the ledger's dollars, and name the sources that have not answered.
+    They say what the total includes, give the ledger's dollars, and name the sources that have not answered.
     """
     ledger = figures.dollars(report.ledger_usd, report.places)
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
@@ -202,7 +202,7 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
 
 
 def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
-    """HellaSwag's accuracies. The text is empty if the run did not measure them."""
+    """Rows with HellaSwag's accuracies. There are none if the run did not measure HellaSwag."""
     rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, unnormalised (acc)", of.hellaswag))
     return [(name, _percent(value)) for name, value in rows if value is not None]
 

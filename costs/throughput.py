@@ -1,6 +1,6 @@
 """Estimates how fast a machine trains a model: from published MFU, or from a finished run of this project.
 
-tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
+tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. Most of the published runs are
 GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are not stated in the sources. They were
 computed from the tokens/s or ms/step that the sources state.
 """
@@ -18,7 +18,7 @@ from costs.units import flops_per_token
 
 @dataclass(frozen=True)
 class MfuRange:
-    """Shares of peak FLOP/s. `kind` is measured, sourced or assumed."""
+    """A range of the MFU, the share of peak FLOP/s. `kind` is measured, sourced or assumed."""
 
     low: float
     expected: float
@@ -72,7 +72,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Measured:
-    """Throughput and overhead of a run of this project on its last machine."""
+    """Throughput and overhead of a run of this project, measured on the run's last machine that trained."""
 
     run: str
     instance_type: str | None
@@ -87,7 +87,8 @@ class Measured:
 def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
     """Throughput of `nodes` machines on a model with `flops` per token.
 
-    A measured figure comes first, then a published one. For a CPU, a figure is assumed. None if no figure is known.
+    A measured speed is preferred to a published one. If neither exists, the speed is assumed. None if the model's FLOPs
+    or the machine's peak FLOP/s are not known.
     """
     gpus = offer.accelerators * nodes
     if measured and offer.instance_type == measured.instance_type:
@@ -96,7 +97,7 @@ def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | 
             scale *= gpus / measured.gpus
         rate = measured.tokens_per_second * scale
         return Throughput(
-            rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: by {measured.run}"
+            rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: measured in {measured.run}"
         )
     if not flops:
         return None

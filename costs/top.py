@@ -1,4 +1,4 @@
-"""Renders the top of a run's page: the model, dates and machines, and the dollars beside cap and forecast."""
+"""Renders the top of a run's page: the model, the dates, the machines, and the dollars with cap and forecast."""
 
 from collections.abc import Sequence
 from html import escape
@@ -28,7 +28,7 @@ def top(report: CostReport) -> str:
 
 
 def name_of(run_url: str) -> str:
-    """The last part of a run's URL, the name that a reader knows."""
+    """The name of a run, which is the last part of its URL."""
     return run_url.rstrip("/").rpartition("/")[2] or run_url
 
 

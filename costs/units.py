@@ -1,6 +1,6 @@
-"""Computes the unit costs of a run, such as dollars per token, and the curves of its charts, from arguments alone.
+"""Computes the unit costs of a run, such as dollars per token, and the points of its charts.
 
-A unit cost is None unless every second of the run has a price, so that it is never too low.
+If a second of the run has no price, the unit costs are None. So a unit cost is never too low.
 """
 
 import math
@@ -38,7 +38,7 @@ class Level:
 class Units:
     """Unit costs and other figures of a run. None means unknown.
 
-    Dollars are not rounded. For the dollars of the whole run, the lower bound is used. These are the known dollars.
+    Dollars are not rounded. If the dollars of the run are a range, its lower end is used.
     """
 
     last_step: int | None
@@ -75,9 +75,9 @@ def units(
     outside: Sequence[OutsideTime],
     points: Mapping[str, Sequence[Point]],
 ) -> Units:
-    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours.
+    """Unit costs from `seconds` by phase and the run's `usd`, which is None if it is unknown.
 
-    `points` holds the run's metrics (Run.points) by kind.
+    `usd_on_demand` is the price of the same hours on demand. `points` holds the run's metrics (Run.points) by kind.
     """
     evals, hellaswag, train = points["eval"], points["hellaswag"], points["train"]
     tokens = newest(train, "tokens")
@@ -173,7 +173,7 @@ def _mean_mfu(run: Run) -> float | None:
 
 
 def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float | None:
-    """Mean dollars per restart. They pay for repeated steps and for the preparation of the new machine."""
+    """Mean dollars per restart, for repeated steps and for the preparation of the new machine."""
     if not restarts:
         return None
     usd = []
@@ -187,10 +187,7 @@ def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float |
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """Estimated validation loss after more tokens.
-
-    The last two evaluations are extrapolated linearly in log(tokens).
-    """
+    """Estimated validation loss after more tokens: the last two evaluations, extrapolated linearly in log(tokens)."""
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])
@@ -205,7 +202,7 @@ POINTS = 300
 
 @dataclass(frozen=True)
 class Curves:
-    """Points of the charts. Times are unix seconds; lists of one chart are parallel, and empty without data."""
+    """Points of the charts. Times are unix seconds. All lists of one chart have the same length (0 without data)."""
 
     spend_time: list[float] = field(default_factory=list)
     spend_usd: dict[str, list[float]] = field(default_factory=dict)
@@ -223,7 +220,7 @@ class Curves:
 
 
 def curves(run: Run, spend: Spend, known: Mapping[str, Sequence[Point]]) -> Curves:
-    """Dollars over time by phase, loss over dollars (only if all prices are known), and speed over time."""
+    """The points of the charts. Loss over dollars is left out if a price is unknown."""
     times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
     by_phase = spend.by_phase(times) if len(times) else {}
     points = _thin(known["train"])

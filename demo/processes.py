@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """A function for `preexec_fn`.
+    """To be called in a child process (`preexec_fn`).
 
-    On Linux, the kernel then sends the signal `number` to the child when its parent dies, even if SIGKILL ends the
+    On Linux, the kernel then sends the signal `number` to the child when the parent dies, even if SIGKILL ends the
     parent.
     """
     if sys.platform == "linux":

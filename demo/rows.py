@@ -1,4 +1,4 @@
-"""Writes small example sets for tuning, made of the speeches: conversations, pairs of answers, prompts.
+"""Writes small example sets for tuning, made from the demo's speeches: conversations, pairs of answers, prompts.
 
     python -m demo.rows FOLDER
 

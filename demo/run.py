@@ -39,7 +39,8 @@ PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the dem
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# A loss must be this many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
+# Each loss must be this many nats below the loss of a model that knows only token frequencies. The perplexity is then
+# at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)
@@ -99,7 +100,7 @@ def train(kill_at: int | None) -> None:
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", "trainer.train"]
     command += [os.path.relpath(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
     show(f"torchrun --nproc-per-node={RANKS}", *command[7:])
-    # torchrun would set OMP_NUM_THREADS to the same value, and print six lines of warning.
+    # If OMP_NUM_THREADS were not set, torchrun would set it to the same value and print six lines of warning.
     machine = {**PRETEND_PRICE, "SEGMENT_STARTED_AT": str(time.time()), "OMP_NUM_THREADS": "1"}
 
     def reached(line: str) -> bool:
@@ -119,7 +120,7 @@ def run(module: str, *arguments: object) -> None:
 
 
 def follow(command: list[str], environment: dict[str, str] | None = None, stop_when=lambda line: False) -> bool:
-    """Run a command and show its output. Returns whether `stop_when` was true for a line, which kills the command.
+    """Run a command and show its output. If `stop_when` is true for a line, kill the command and return True.
 
     Raises DemoFailed if the command fails.
     """
@@ -139,10 +140,7 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
 
 @dataclass(frozen=True)
 class Unigrams:
-    """A model that knows only how frequent each training token is.
-
-    The loss of the trained model must be lower than the loss of this one.
-    """
+    """A model that knows only how frequent each training token is. The trained model must reach a lower loss."""
 
     shares: np.ndarray
 
@@ -153,12 +151,12 @@ class Unigrams:
 
     @property
     def entropy(self) -> float:
-        """Nats per token of the training text, the lowest loss of any model without context."""
+        """The lowest loss on the training text, in nats per token, that a model without context can have."""
         seen = self.shares[self.shares > 0]
         return float(-(seen * np.log(seen)).sum())
 
     def loss(self, tokens: np.ndarray) -> float:
-        """Nats per token on other text.
+        """The loss on other text in nats per token.
 
         A token that the training text does not contain counts as half as frequent as the rarest token.
         """
@@ -173,7 +171,7 @@ def tokens_of(split: str) -> np.ndarray:
 
 
 def check_learning(unigrams: Unigrams) -> None:
-    """Compare the training loss (last steps) and the validation loss with the losses of token frequencies alone."""
+    """Compare the training loss of the last steps, and the validation loss, with the losses of token frequencies."""
     measured = read_run(RUN_URL, Detail.ALL)
     steps = [point.step for point in measured.points("train")]
     train_loss = float(np.mean([point.values["loss"] for point in measured.points("train")[-LAST_STEPS:]]))

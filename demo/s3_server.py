@@ -52,7 +52,7 @@ class S3Server:
         }
 
     def reader_environment(self) -> dict[str, str]:
-        """The same variables, with keys that may read and list, but not write."""
+        """The variables of `environment`, but with keys that may only read and list."""
         keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
         return self.environment() | keys
 
@@ -121,7 +121,7 @@ class S3Server:
         )
 
     def _wait(self) -> None:
-        """Wait until the server lists and stores objects. It answers requests before it can store."""
+        """Wait until the server lists and stores objects. The server answers requests before it can store objects."""
         probe = f"probe-{secrets.token_hex(4)}"
         deadline = time.monotonic() + START_SECONDS
         client = None
@@ -138,7 +138,7 @@ class S3Server:
                 client.delete_object(Bucket=probe, Key="ready")
                 client.delete_bucket(Bucket=probe)
                 return
-            except Exception as error:  # parts of the server are not ready yet; the deadline decides
+            except Exception as error:  # parts of the server are not ready yet: try again until the deadline
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"no S3 server after {START_SECONDS:.0f} s ({error}); see {self.folder / 'server.log'}"

@@ -34,19 +34,19 @@ CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLIN
 
 ##@ Spend a sum of dollars
 
-plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20, rent nothing (GPUS=…, SIZE=350M, CLOUD=lambda, DEADLINE=6h)
+plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20; rents nothing (GPUS=…, SIZE=350M, CLOUD=lambda, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
 
 prices: $(LAUNCH_STAMP) ## update the price snapshot from SkyPilot's catalogs, and show the changes (DRY_RUN=1: show only)
 	@$(LAUNCH_PYTHON) -m launch.prices $(if $(value DRY_RUN),--dry-run)
 
-run: $(LAUNCH_STAMP) ## prepare, train, evaluate and export by the best plan for USD=20 (ADD_USD=10 RUN=… adds money)
+run: $(LAUNCH_STAMP) ## carry out the best plan for USD=20: prepare, train, evaluate, export (ADD_USD=10 RUN=… adds money)
 	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
 	  $(CONSTRAINTS) $(OPTIONS)
 
 ##@ Train on rented machines: BUCKET=… RUN=… GPUS=NAME:COUNT INFRA=CLOUD NODES=… CONFIG=… MAX_USD=…
 
-check: $(LAUNCH_STAMP) ## check credentials, quotas, bucket, image, config and prices for a launch; rent nothing (TASK=…)
+check: $(LAUNCH_STAMP) ## check credentials, quotas, bucket, image, config and prices for a launch; rents nothing (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
 
 # SOURCE= says that the data is prepared on this computer.
@@ -57,10 +57,10 @@ prep-data: $(STAMP)
 fetch-data: $(STAMP)
 	@$(BIN)/python -m launch.here fetch
 else
-prep-data: $(LAUNCH_STAMP) ## tokenize FineWeb-Edu 10BT into BUCKET, on a rented CPU machine; or SOURCE=file.txt on this computer
+prep-data: $(LAUNCH_STAMP) ## tokenize FineWeb-Edu 10BT into BUCKET on a rented CPU machine, or SOURCE=file.txt on this computer
 	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
 
-fetch-data: $(LAUNCH_STAMP) ## copy published shards of FineWeb-Edu into BUCKET; or import SOURCE=FILES.bin on this computer
+fetch-data: $(LAUNCH_STAMP) ## copy published shards of FineWeb-Edu into BUCKET, or import SOURCE=FILES.bin on this computer
 	@$(LAUNCH_PYTHON) -m launch.submit sky/fetch-data.yaml $(OPTIONS) $(MACHINES)
 endif
 
@@ -88,7 +88,7 @@ finetune: $(LAUNCH_STAMP) ## fine-tune the model START on the conversations in D
 dpo: $(LAUNCH_STAMP) ## tune the model START on the pairs of answers in DATA, on one small GPU, as run RUN=dpo
 	@$(LAUNCH_PYTHON) -m launch.submit sky/dpo.yaml $(OPTIONS) $(MACHINES)
 
-synthesize: $(LAUNCH_STAMP) ## let a model write rows for finetune: PROMPTS=url ENDPOINT_MODEL=name LICENCE=terms SYNTH_ARGS=…
+synthesize: $(LAUNCH_STAMP) ## buy training rows for finetune from a model at a paid endpoint (PROMPTS=url ENDPOINT_MODEL=name LICENCE=terms)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/synthesize.yaml $(OPTIONS) $(MACHINES)
 
 distil: $(LAUNCH_STAMP) ## train a small model on the output probabilities of TEACHER=gpt2-medium, as run RUN=distilled
@@ -111,7 +111,7 @@ chat: $(STAMP) ## chat on this computer with RUN's newest checkpoint in BUCKET, 
 status: $(LAUNCH_STAMP) ## list your running clusters, jobs and machines, and the dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
-logs: $(LAUNCH_STAMP) ## follow the newest job, or TASK's; FROM=bucket: show the output of all machines of RUN
+logs: $(LAUNCH_STAMP) ## follow the output of the newest job, or of TASK=…; FROM=bucket shows the stored output of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored sky/$(call typed,TASK).yaml,\
 	  $(if $(filter file,$(origin TASK)),,sky/$(call typed,TASK).yaml))
 
@@ -125,7 +125,7 @@ $(LAUNCH_VENV)/bin/sky:
 down: | $(LAUNCH_VENV)/bin/sky ## end all your machines of this project, and show whether any is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
-watch: $(LAUNCH_STAMP) ## until Ctrl-C, end each machine of yours that has no autostop after SWITCH_MINUTES=30
+watch: $(LAUNCH_STAMP) ## end your machines that still have no autostop after SWITCH_MINUTES=30; runs until Ctrl-C
 	@$(LAUNCH_PYTHON) -m launch.watch
 
 ##@ Images

@@ -135,5 +135,5 @@ def test_messages_reach_a_web_server_and_one_that_is_away_ends_nothing(tmp_path:
     assert received[0]["message"].startswith("$2.60 spent, 50 % of $5.00")
     sender({"NOTIFY_URLS": f"json://127.0.0.1:{port}/"})("run", "nobody is there")
     assert "notification not delivered: run" in caplog.text
-    with pytest.raises(ConfigError, match="address 2 of 2 is none of apprise's"):
+    with pytest.raises(ConfigError, match="does not know the form of address 2 of 2"):
         sender({"NOTIFY_URLS": f"json://127.0.0.1:{port}/, nonsense"})

@@ -134,8 +134,8 @@ def test_a_launch_that_never_got_a_machine_costs_nothing(tmp_path: Path):
     _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), phantom)
     assert report.total.usd == 1.00
     notes = " ".join(report.notes)
-    assert "a launch of gpt2-7 failed after 16 min 40 s, and no machine is known that it started" in notes
-    assert "nothing is counted for it (at most $10.00)" in notes
+    assert "a launch of gpt2-7 failed after 16 min 40 s, and no machine of this launch is known" in notes
+    assert "nothing is counted for it (it cost at most $10.00)" in notes
 
 
 def test_a_machine_that_died_while_it_was_set_up_is_paid_and_shown(tmp_path: Path):

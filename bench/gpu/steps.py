@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--profile", action="store_true", help="run the last steps under torch.profiler")
-    parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large one is not kept")
+    parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large trace is not kept")
     parser.add_argument(
         "--without", default="", help=f"optimizations to switch off for this measurement: {', '.join(toggles.TOGGLES)}"
     )

@@ -4,10 +4,10 @@ GPT-2's vocabulary has one special token, end of text, so plain text marks the t
 
     <|endoftext|>### System:\nBe brief.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\n…
 
-An answer ends when the model predicts the end-of-text token. That token appears only at the beginning of a
-conversation. So a model that attends within documents only (`model.document_mask`) attends to all turns of a
-conversation, and to no other conversation in the same row. The target of an answer's last token is the end of text,
-although the heading of the next turn follows. A user can write a heading as text, so roles must not protect secrets.
+An answer ends when the model predicts the end-of-text token. So the target of an answer's last token is the end of
+text, although the heading of the next turn follows. As an input, the end-of-text token appears only at the beginning of
+a conversation. If `model.document_mask` is true, the model therefore attends to all turns of a conversation, and to no
+other conversation in the same row. A user can type a heading, so do not rely on roles to protect secrets.
 
 The state of a checkpoint that was fine-tuned with this template has `template: headed-turns`.
 """
@@ -47,7 +47,7 @@ class Rendered(NamedTuple):
     def last_answer_only(self) -> "Rendered":
         """A copy that keeps only the targets of the last answer.
 
-        Both texts of a pair share the earlier answers, so the losses of the earlier answers would cancel out.
+        Both texts of a preference pair have the same earlier answers, so the losses of these answers would cancel out.
         """
         begin = len(self.targets)
         while begin and self.targets[begin - 1] != NO_TARGET:
@@ -59,8 +59,8 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
     """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.
 
     If `add_generation_prompt` is true, the text ends with the heading of the assistant's answer. Headings and contents
-    are encoded separately. The ids equal those of the whole text: contents are stripped of white space, so no pre-token
-    of GPT-2 crosses the border of two parts. Raises DataError, which names the wrong message.
+    are encoded separately. Contents are stripped of white space, so the ids are the same as if the whole text were
+    encoded at once. Raises DataError, which names the wrong message.
     """
     tokens, targets = [GPT2_END_OF_TEXT], [NO_TARGET]
     separator = ""
@@ -83,7 +83,7 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
 
 
 def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    """The text that JINJA makes of a conversation. Its token ids are the result of `render`. Raises DataError."""
+    """The text of a conversation, as JINJA makes it. `render` returns the token ids of this text. Raises DataError."""
     turns = [_checked(message, number) for number, message in enumerate(messages)]
     headed = [f"### {role.capitalize()}:\n{content}" for role, content in turns]
     return END_OF_TEXT + _SEPARATOR.join([*headed, "### Assistant:\n"] if add_generation_prompt else headed)
@@ -92,7 +92,7 @@ def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
     """Whether a checkpoint with this state was fine-tuned with this template.
 
-    Raises CheckpointError for another template.
+    Raises CheckpointError if it was fine-tuned with another template.
     """
     name = state.get(STATE_KEY)
     if name not in (None, NAME):

@@ -19,8 +19,8 @@ NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
 SUFFIX = ".bin"  # ending of a shard's name; the cache removes only files with this ending
-# The records that are stored beside the shards hold everything that a manifest contains. From them, preparation can
-# write the manifest again and does not need the source.
+# A damaged manifest can be deleted: the records beside the shards hold its whole content, so preparation writes it
+# again without reading the source.
 _AGAIN = "delete it, and run the command that prepared the data again"
 
 

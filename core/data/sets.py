@@ -4,9 +4,9 @@
     DATA_URL/sets/<name>.json    description with rows, bytes and SHA-256; written last
 
 A row of conversations is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-The roles are system (first only), then user and assistant in turn. The last message has the role assistant. Rows of
-other forms are converted (`conversation`): ShareGPT's `conversations`, Alpaca's `instruction`, `input` and `output`,
-`question` and `answer`, `prompt` and `completion`. A content may be a list of text parts, as in OpenAI's API.
+The first message may have the role system. Then user and assistant alternate, and the last message is the assistant's.
+`conversation` converts rows of other forms, such as ShareGPT's (`conversations`) and Alpaca's (`instruction`, `input`,
+`output`). The content of a message may be a list of text parts, as in OpenAI's API.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def info_of(data_url: str, name: str) -> SetInfo:
 
 
 def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
-    """All rows of a set. Raises DataError if the set is missing or its checksum differs."""
+    """All rows of a set. Raises DataError if the set is missing or its content does not match its checksum."""
     info = info_of(data_url, name)
     uri = _uri(data_url, f"{name}.jsonl")
     data = storage.read_bytes(uri, untrusted.memory_bytes())
@@ -80,12 +80,12 @@ def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
 
 
 def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
-    """All rows of a set, or None if there is none. Raises DataError if its checksum differs."""
+    """All rows of a set, or None if there is none. Raises DataError if the content does not match its checksum."""
     return read(data_url, name) if storage.exists(_uri(data_url, f"{name}.json")) else None
 
 
 def missing(data_url: str, name: str) -> str:
-    """A sentence that names a missing set and the command that stores the set. It is empty if the set exists."""
+    """If a set is missing, a sentence that names the set and the command that stores it. Otherwise ""."""
     uri = _uri(data_url, f"{name}.json")
     return "" if storage.exists(uri) else _absent(uri, data_url, name)
 
@@ -99,7 +99,7 @@ def _uri(data_url: str, name: str) -> str:
 
 
 def _storing(data_url: str, name: str, schema: str = "") -> str:
-    """The command that stores a set. If the schema is unknown, the name determines the kind."""
+    """The command that stores a set. If `schema` is empty, the name determines the kind of the set."""
     kind = {"conversations": "instructions"}.get(schema, schema) or ("hellaswag" if name == "hellaswag" else "")
     if kind == "hellaswag":
         return f"python -m data_prep.sets hellaswag {quote(data_url)}"
@@ -116,7 +116,7 @@ _TEXTS = ("chosen", "rejected", "system")
 _MEANINGFUL = ("tools", "images", "functions")
 _MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):")
-# Columns of whole conversations, and of a system text.
+# Columns that hold a whole conversation, and columns that hold a system message.
 _WHOLE = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
 # Column of the question → columns of the answer: for Alpaca and Dolly, question sets, and OpenAI's older format.
@@ -134,9 +134,9 @@ _SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", 
 def conversation(row: Any) -> dict[str, Any]:
     """Converts a row to the stored form. Raises ValueError with the problem.
 
-    A row has `messages` or `conversations`, with OpenAI's fields `role` and `content` or ShareGPT's `from` and `value`;
-    or a question and an answer in two columns (_ANSWERS). The columns `prompt` and `completion` may also hold lists of
-    messages. A `system` column becomes the first message.
+    A row holds a whole conversation in `messages` or `conversations`, or a question and an answer in two columns
+    (_ANSWERS). A message has OpenAI's fields `role` and `content`, or ShareGPT's `from` and `value`. The columns
+    `prompt` and `completion` may also hold lists of messages. A `system` column becomes the first message.
     """
     _check_row(row)
     row = _in_roles(row)
@@ -157,9 +157,9 @@ def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises ValueError. `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a
     text or a list of messages), `chosen` and `rejected` are answers to this prompt, or whole conversations. If it has
-    no `prompt`, they are whole conversations. Two texts in a row that has no prompt are dialogues of "Human:" and
-    "Assistant:", or begin with the same prompt and differ in the answer. Columns `question`, or `instruction` and
-    `input`, may replace `prompt`. A `system` column becomes the first message.
+    no `prompt`, they are whole conversations. If these are texts, both are dialogues of "Human:" and "Assistant:", or
+    both begin with the same prompt and then differ. Columns `question`, or `instruction` and `input`, may replace
+    `prompt`. A `system` column becomes the first message.
     """
     _check_row(row)
     row = _in_roles(row)
@@ -188,7 +188,7 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last message is the user's.
+    """The messages of a prompt, from the column `messages` or `prompt` (text or list). The last one is the user's.
 
     Raises ValueError.
     """

@@ -14,7 +14,7 @@ from core.errors import DataError
 HEADER_BYTES = 1024
 MAGIC = 20240520
 VERSION = 1
-MAX_TOKENS = 2**31 - 1  # the count is an int32
+MAX_TOKENS = 2**31 - 1  # the header holds the count as an int32
 DTYPES = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 
@@ -51,7 +51,7 @@ def shard_bytes(tokens: np.ndarray) -> bytes:
 
 
 def parse_header(data: bytes, where: str) -> ShardHeader:
-    """Parses the first 1024 bytes of a shard. Raises DataError that names `where`, its URI."""
+    """Parses the first 1024 bytes of the shard at the URI `where`. Raises DataError."""
     if len(data) < HEADER_BYTES:
         raise DataError(
             f"{where}: only {len(data)} bytes, a shard starts with a header of {HEADER_BYTES}; "

@@ -1,7 +1,7 @@
 """Reads, checks and stores GPT-2's byte-pair vocabulary, and opens it with tiktoken.
 
-The stored form is tiktoken's rank file: per token a line with the base64 of its bytes, a space and its rank. OpenAI
-publishes the vocabulary in another form, the merges file `vocab.bpe`, which this module reads too.
+The stored form is tiktoken's rank file. It has one line per token: the base64 of the token's bytes, a space, and the
+token's rank. OpenAI publishes the vocabulary in another form, the merges file `vocab.bpe`. This module reads both.
 """
 
 import base64
@@ -17,7 +17,7 @@ from core.errors import ConfigError, DataError, ObjectNotFound
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
-LARGEST_BYTES = 64 << 20  # GPT-2's has 0.8 MB
+LARGEST_BYTES = 64 << 20  # GPT-2's file has 0.8 MB
 FILE_NAME = "tokenizer/gpt2.tiktoken"
 # SHA-256 of the rank file that `rank_file` writes for OpenAI's vocab.bpe.
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -56,7 +56,7 @@ class Vocabulary:
         )
 
 
-_parsed: dict[str, Vocabulary] = {}  # the one vocabulary, by the SHA-256 of each form in which it was read
+_parsed: dict[str, Vocabulary] = {}  # GPT-2's vocabulary, by the SHA-256 of each file from which it was read
 
 
 def parse(data: bytes, where: str) -> Vocabulary:
@@ -69,7 +69,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
 
 
 def _as_rank_file(data: bytes, where: str) -> bytes:
-    """The stored form of GPT-2's vocabulary. Raises DataError for any other."""
+    """The stored form of GPT-2's vocabulary. Raises DataError for any other vocabulary."""
     ranks = _ranks_of_merges(data, where) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
     stored = rank_file(ranks)
     sha256 = hashlib.sha256(stored).hexdigest()

@@ -5,7 +5,7 @@
 
 L = E + A / N^a + B / (k D)^b (Hoffmann et al. 2022, with a multiplier k per recipe). N is the number of parameters
 without embedding and output layer, and D the number of tokens, both in billions. L is in nats per GPT-2 token on
-FineWeb. The constants are fitted by `python -m bench.fit_loss` to public runs (core/loss/runs.csv).
+FineWeb. `python -m bench.fit_loss` fits the other constants to public runs (core/loss/runs.csv).
 """
 
 import functools
@@ -19,15 +19,15 @@ DATA = Path(__file__).parent
 RUNS, LAW = DATA / "runs.csv", DATA / "law.json"
 SCALE = "FineWeb"
 
-# The advantage of an optimizer over AdamW shrinks as models grow. From the largest size at which a recipe was measured,
-# the logarithm of the advantage falls linearly in the logarithm of the number of parameters. At HALF_AT billion
-# parameters it is halved (Wen et al. 2025, arXiv 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M,
-# 1.24 at 1.2B).
+# The advantage of an optimizer over AdamW shrinks as models grow. Up to the largest size at which a recipe was
+# measured, its multiplier is k. Above this size, the logarithm of the advantage falls linearly in the logarithm of the
+# number of parameters. At HALF_AT billion parameters, half of this logarithm is left (Wen et al. 2025, arXiv
+# 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M, 1.24 at 1.2B).
 HALF_AT = 1.2
-# Expected errors of a prediction, in nats. The record of bench.fit_loss shows the measurement of KNOWN_RECIPE.
+# Expected errors of a prediction, in nats (see `Law.error`). bench.fit_loss measures KNOWN_RECIPE.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09
-LEAST_TOKENS = 1.6e9  # runs of fewer tokens count as outside of the data; the shortest fitted run has 1.41e9 tokens
-SIZE_TOLERANCE = 1.1  # sizes this near to a measured one count as measured
+LEAST_TOKENS = 1.6e9  # a prediction for fewer tokens has the error OUTSIDE; the shortest fitted run has 1.41e9
+SIZE_TOLERANCE = 1.1  # a size counts as measured if it is within this factor of a measured size
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Recipe:
     """The fitted values of a recipe. `k` multiplies the number of tokens.
 
     `smallest` and `largest` are the sizes of the smallest and the largest measured model; a size is the number of
-    parameters without embeddings. `family` is the optimizer of the recipe. The recipes of one family together cover a
-    wider range of sizes than each recipe alone.
+    parameters without embeddings. `family` is the optimizer of the recipe. A prediction is more reliable for a size
+    that other recipes of the same family cover (`Law.error`).
     """
 
     k: float
@@ -56,7 +56,7 @@ class Law:
     recipes: Mapping[str, Recipe]
 
     def multiplier(self, recipe: str, non_embedding: float) -> float:
-        """k of a recipe at a size. Raises KeyError for a recipe that the fit does not know."""
+        """The multiplier k of a recipe for a size of the model. Raises KeyError for a recipe that was not fitted."""
         known = self.recipes[recipe]
         top = max(HALF_AT, known.largest / 1e9)
         size = min(max(non_embedding, known.largest) / 1e9, top)
@@ -72,7 +72,7 @@ class Law:
         return by["E"] + by["A"] * (non_embedding / 1e9) ** -by["a"] + by["B"] * effective ** -by["b"]
 
     def gain_of_tokens(self, seen: float, end: float) -> float:
-        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1. The size has no effect."""
+        """Nats by which the loss falls between two numbers of tokens if k is 1. The size of the model has no effect."""
         by = self.constants
         return by["B"] * ((seen / 1e9) ** -by["b"] - (end / 1e9) ** -by["b"])
 
@@ -94,7 +94,7 @@ def _within(size: float, smallest: float, largest: float) -> bool:
 
 @functools.cache
 def load(path: Path = LAW) -> Law:
-    """The law that the project ships."""
+    """The fitted law that is stored in `path`."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     return Law(
         date=stored["date"],

@@ -1,12 +1,12 @@
 """Records the budget of a run: the sum and the plan, each launch of a stage, and the outcome.
 
     RUN_URL/budget/000001/plan.json             the sum, the plan, the settings of all launches; written first
-    RUN_URL/budget/000001/launch-000001.json    a launch: its stage, its time, the stage's progress then
+    RUN_URL/budget/000001/launch-000001.json    a launch: the stage, the time, and the stage's progress by then
     RUN_URL/budget/000001/outcome.json          loss and dollars, as expected and as measured; written at the end
     RUN_URL/budget/000002/plan.json             a later sum for the same run (ADD_USD)
 
-`make run` writes these objects from the user's computer. When it starts again, they show where it stopped. Objects are
-created exclusively, so that two commands for the same run do not launch it twice.
+`make run` writes these objects from the user's computer. If it is started again, it reads from them where it stopped.
+Objects are created exclusively, so that two commands for the same run do not launch the run twice.
 """
 
 import json
@@ -32,8 +32,8 @@ class Budget:
     """The budget of a run in dollars. `machines_usd` is the part for machines.
 
     The rest pays for storage, traffic and requests. `task` is the task file of the training, `options` choose its
-    machines, and `settings` are the variables of all launches. `forecast` holds what the plan expects: `loss`,
-    `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in dollars. `began_at` is unix time.
+    machines, and `settings` are the variables of all launches. `forecast` holds the expected values of the plan:
+    `loss`, `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, and `parts` in dollars. `began_at` is unix time.
     """
 
     usd: float

@@ -1,7 +1,7 @@
 """Caches the segments of a run on this machine, so that the next report fetches only new objects.
 
-One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It contains no secrets and may
-be deleted at any time. A file that is damaged or of another release is ignored and replaced.
+Each run has one NumPy file below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). The file contains no
+secrets and may be deleted at any time. A file that is damaged or of another release is ignored and replaced.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ Known = Mapping[int, tuple[Segment, Seen]]
 
 
 def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Path of the cache file of a run. The same URL at another S3 endpoint is another run."""
+    """Path of the cache file of a run. Runs with the same URL at two S3 endpoints have two files."""
     endpoint = aws.endpoint_of(environment) or ""
     digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
     return folder(environment) / f"{digest[:20]}.npz"
@@ -79,7 +79,7 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
 def save(path: Path, known: Known) -> None:
     """Replace the file atomically. If this fails, a warning is logged.
 
-    The next report is then slower, and nothing else is lost.
+    The next report then fetches everything again.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

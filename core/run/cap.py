@@ -1,8 +1,8 @@
 """Keeps a run within its limits: its machines together never cost more than MAX_USD or run longer than MAX_HOURS.
 
 The ledgers of other segments give an upper bound of their cost. A killed machine counts until just before its next
-heartbeat, so the cap holds even after many kills. Machines that opened no segment and work on the trained model
-(evaluations, servers, exports) count too (core.run.reader.spent_at_most). All these records are read again every
+heartbeat, so the cap holds even after many kills. Machines that opened no segment count too, and so do machines that
+evaluate, serve or export the trained model (core.run.reader.spent_at_most). All these records are read again every
 LOOK_SECONDS, because another machine may be running.
 
 A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
@@ -43,7 +43,7 @@ class Bounds:
 def spent_by_earlier_segments(
     folder: RunFolder, machine: Machine, bounds: Bounds, started_at: float | None = None
 ) -> Spent:
-    """The cost of all other machines. Raises ConfigError if a price is unknown and there is a limit in dollars.
+    """The cost of all other machines of the run. Raises ConfigError if dollars are limited and a price is unknown.
 
     `started_at` is the start of this machine's paid time (unix s).
     """
@@ -80,7 +80,7 @@ def restarts_too_dear(
 ) -> str:
     """A sentence, if the machines since the newest checkpoint have cost `max_usd` dollars or more.
 
-    Otherwise, and if `max_usd` is 0, the result is "". The cost of this machine is left out. The caller names this
+    Otherwise, or if `max_usd` is 0, the result is "". The cost of this machine is left out. The caller names this
     machine by its segment (`without`) or by its host and start (`here`). Raises StorageError.
     """
     if not max_usd:
@@ -94,7 +94,7 @@ def restarts_too_dear(
 
 
 class OthersWatch:
-    """Reads the cost of the run's other machines every few seconds in a thread, and passes it to the cap."""
+    """A thread that reads the cost of the run's other machines every few seconds, and passes it to the cap."""
 
     def __init__(self, cap: "SpendingCap", run_url: str, segment: int, seconds: float | None = None):
         self._cap, self._run_url, self._segment = cap, run_url, segment
@@ -115,7 +115,7 @@ class OthersWatch:
 
 
 class SpendingCap:
-    """The money and the time that rank 0 may still spend. `before` is the cost of all other machines of the run."""
+    """The money and the time that this machine may still spend. `before` is the cost of the run's other machines."""
 
     def __init__(self, ledger: Ledger, bounds: Bounds, shutdown_seconds: float, before: Spent):
         self.max_usd = bounds.usd
@@ -135,7 +135,7 @@ class SpendingCap:
         self._before = Spent(usd, max(before.seconds, spent.seconds))
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far, or None if a price is unknown, which cannot happen with a cap."""
+        """Upper bound of the run's dollars so far. None if a price is unknown; a run with a cap knows all prices."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before.usd is None else self._before.usd + here
 
@@ -156,7 +156,7 @@ class SpendingCap:
         return self._ledger.now() + left - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
     def _left_seconds(self) -> tuple[float, float]:
-        """The seconds that this machine may still run by the limit in dollars, and those by the limit in hours."""
+        """The seconds that this machine may still run: by the limit in dollars, and by the limit in hours."""
         usd, hours = self._bounds.usd, self._bounds.hours
         return (
             self._ledger.machine.price.seconds(usd - self.spent_usd()) if usd else math.inf,
@@ -173,9 +173,9 @@ class SpendingCap:
         return "MAX_HOURS" if by_hours < by_usd else "MAX_USD"
 
     def describe(self) -> str:
-        """The sum that is compared with the cap.
+        """A text with the sum that is compared with the cap.
 
-        It is an upper bound, because a machine counts as running until its end is known.
+        The sum is an upper bound, because a machine counts as running until its end is known.
         """
         spent = self.spent_usd()
         said = "dollars not known" if spent is None else f"at most ${spent:.2f}"

@@ -30,9 +30,9 @@ class Change:
     """A change that applies to the steps after `step`.
 
     For a cooldown, `steps` is its length. For an extension, `steps` is the new length of the run and `before` the old
-    length. After a branch or an extension, the rate rises within `warmup` steps from the share `factor` of its peak to
-    the peak. If `warmup` is None, the rate goes on as before. `source` is the origin of a branch, as RUN@STEP. `facts`
-    are the figures behind a decision, for people.
+    length. After a branch or an extension, the learning rate rises within `warmup` steps from the share `factor` of its
+    peak to the peak. If `warmup` is None, the learning rate continues as before. `source` is the origin of a branch, as
+    RUN@STEP. `facts` are the figures behind a decision, for people.
     """
 
     kind: str
@@ -77,9 +77,9 @@ def add(folder: RunFolder, number: int, change: Change) -> None:
 
 
 def trunks(changes: Sequence[Change]) -> list[int]:
-    """The last step before each cooldown.
+    """The last step before each cooldown, that is, the end of each trunk.
 
-    A re-planned cooldown belongs to the same trunk, so its step counts only if it is earlier.
+    A re-planned cooldown has the trunk of the cooldown that it replaces. Of their two steps, the earlier one counts.
     """
     found: list[int] = []
     for change in changes:
@@ -91,7 +91,7 @@ def trunks(changes: Sequence[Change]) -> list[int]:
 
 
 def kept_steps(changes: Sequence[Change]) -> set[int]:
-    """Steps whose checkpoints are kept: the last one before each cooldown, and each one where an extension began."""
+    """Steps whose checkpoints are kept: the last step before each cooldown, and the step of each extension."""
     return {*trunks(changes), *(each.step for each in changes if each.kind == "extend")}
 
 

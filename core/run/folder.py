@@ -97,7 +97,7 @@ class RunFolder:
 
     @property
     def serving(self) -> str:
-        """Run folder with the ledger of servers of this run."""
+        """Run folder for the ledger of this run's servers."""
         return self._at("serving")
 
     @property
@@ -159,7 +159,7 @@ class RunFolder:
 
     @property
     def reference(self) -> str:
-        """Log-probabilities under the initial weights of a DPO run."""
+        """Log-probabilities of the pairs of a DPO run under its initial weights."""
         return self._at("reference.safetensors")
 
     def profile(self, segment: int, first: int, last: int) -> str:
@@ -194,7 +194,8 @@ def segment_number(name: str) -> int | None:
 def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str, Any], data_fingerprint: str) -> bool:
     """Create the run, or check that the existing one has the same settings and data. Returns whether it was created.
 
-    `identity` holds the flat settings that define the result. Raises RunError, which names the different setting.
+    `identity` holds the settings that define the result, by dotted key. Raises RunError, which names a setting that
+    differs.
     """
     identity = without_keys(identity)
     document = {
@@ -233,7 +234,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 
 
 def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any], key: str = "") -> str:
-    """The end of a message that says how to continue a run with another value of `key`. Empty without a checkpoint.
+    """The end of a message that says how to continue a run with another value of `key`; "" without a checkpoint.
 
     The settings that define the result of a run cannot change, so other values need a new run. The new run can be a
     branch of the old one. If a branch must keep the setting `key`, the new run can start from the old run's weights.

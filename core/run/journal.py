@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
-# Two limits of the memory in bytes. New events are stored before the end of `flush_seconds` once they reach the first
-# limit. Small objects are merged once they reach the second.
+# In bytes. Waiting events that reach FLUSH_BYTES are stored early. Small objects that reach CHUNK_BYTES are merged.
 FLUSH_BYTES = 4 << 20
 CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
-# Larger objects are not read. All events that waited in memory while the store failed are stored as one object.
+# Objects above this size are not read. An object may be large, because all events that waited during an outage of the
+# store become one object.
 LARGEST_BYTES = 256 << 20
 _NAME = re.compile(r"^(\d{8,15})-(\d{8,15})\.jsonl\Z")
 
@@ -129,8 +129,7 @@ class Journal:
         with self._lock:
             del self._pending[: len(lines)]
             self._pending_bytes -= len(data)
-        # Only neighbours can be merged, and a large object is never merged. So the small objects before a large object
-        # are merged now.
+        # Only neighbours can be merged, and a large object never is. So the small objects before it are merged now.
         if len(data) >= CHUNK_BYTES:
             self._compact()
         self._next += len(lines)

@@ -47,7 +47,7 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raises RunError if a newer segment has taken over this run, because this machine was then replaced."""
+    """Raises RunError if a newer segment has taken over this run: this machine has then been replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
@@ -158,7 +158,7 @@ class Ledger:
         return self.journal.flush()
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
-        """Write the last span and the reason for the end, and store everything. Idempotent.
+        """Write the last span and the reason for the end, and store everything. A second call does nothing.
 
         The reason is finished, preempted, failed, cap or interrupted. Returns False if the store failed.
         """

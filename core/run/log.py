@@ -67,7 +67,7 @@ class StoredLog(logging.Handler):
     def begin(cls, folder: RunFolder, name: str, environment: Mapping[str, str] = os.environ) -> Self | None:
         """Store the log lines of this process from now on, as an attempt with this name.
 
-        Below launch.node, which already stores them, this stores nothing and returns None.
+        If launch.node started this process, it already stores the lines. Then this function returns None.
         """
         if environment.get("PULSE_FILE"):
             return None
@@ -77,7 +77,7 @@ class StoredLog(logging.Handler):
         return handler
 
     def end(self) -> None:
-        """Store the rest. Idempotent."""
+        """Store the remaining lines. A second call does nothing."""
         if self in logging.getLogger().handlers:
             logging.getLogger().removeHandler(self)
             self._output.close()

@@ -1,4 +1,4 @@
-"""Describes, mostly from environment variables, the machine of a segment, its price and the program's versions."""
+"""Describes the machine of a segment, its price and the program's versions, mostly from environment variables."""
 
 import json
 import logging
@@ -159,7 +159,7 @@ def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
 def checkout_revision(repository: Path = REPOSITORY) -> str:
     """Commit of the working tree, followed by + if files were changed; "" without git or outside of a checkout.
 
-    Also "" if this code was copied into another repository, because that repository's commit does not identify it.
+    The result is also "" if this code was copied into another repository, whose commit does not identify this code.
     """
     described = ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:

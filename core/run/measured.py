@@ -1,9 +1,9 @@
-"""Reads the metrics of runs at the steps that count, with machine time and dollars.
+"""Reads the metrics of runs, with machine time and dollars. Steps that were repeated later are left out.
 
     runs = read_all(["s3://bucket/runs/first", "s3://bucket/runs/second"])
     rows(runs)          # one dict per record, for a data frame or a file
 
-`trainer.plots` draws these records. `trainer.metrics` writes these records to one file.
+`trainer.plots` draws these records. `trainer.metrics` writes them to one file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ def read_all(urls: Sequence[str]) -> list[tuple[str, Run]]:
 
 
 def named(urls: Sequence[str]) -> dict[str, str]:
-    """URLs by short name: the last part of the URL, or the whole URL if several runs share it."""
+    """URLs by short name: the last part of the URL, or the whole URL if several URLs end in the same part."""
     last = [url.rstrip("/").rsplit("/", 1)[-1] for url in urls]
     return {name if last.count(name) == 1 else url: url for name, url in zip(last, urls, strict=True)}
 
 
 def rows(runs: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
-    """One row for each record of a step that counts, sorted by run, step and time. All rows have the same columns.
+    """One row for each record, sorted by run, step and time. All rows have the same columns.
 
     `machine_seconds` and `usd` (None if unknown) are sums of the whole run up to the record. The columns of nested
     fields have names such as `weights.mlp`. The columns of list items have names such as `largest_activations.0`. A

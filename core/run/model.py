@@ -18,9 +18,9 @@ from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
 from core.storage import ObjectInfo
 
-# The three sums of a run's dollars, as every output names them. BY_LEDGER is the machine time in the ledgers, at the
-# prices that they hold; this sum is the same to the cent in every output. AS_KNOWN adds the amounts from all other
-# sources, such as bills. AT_MOST is the upper bound that the cap is compared with.
+# The names of three sums of a run's dollars. BY_LEDGER is the cost of the machine time in the ledgers, at the prices in
+# the ledgers; every output shows the same sum to the cent. AS_KNOWN adds the amounts from all other sources, such as
+# bills. AT_MOST is an upper bound, which is compared with the cap.
 BY_LEDGER = "by the ledger"
 AS_KNOWN = "as known"
 AT_MOST = "at most"
@@ -32,7 +32,7 @@ SILENT_SECONDS = 180.0
 
 @dataclass
 class Span:
-    """An interval of a segment's timeline with seconds by phase. Time outside of the listed phases has no phase."""
+    """An interval of a segment's timeline, with seconds by phase. The rest of the interval belongs to no phase."""
 
     start: float
     end: float
@@ -73,7 +73,7 @@ class Segment:
     """One machine's part of a run, as its ledger and metrics describe it.
 
     `machine.usd_per_hour` is None unless it is a usable price. `metrics` holds records by kind, each with `step` and
-    `time`. `problems` are sentences for the reader.
+    `time`. `problems` are sentences for the user.
     """
 
     number: int
@@ -134,8 +134,8 @@ class Segment:
     def restored_step(self) -> int | None:
         """The step from which the segment continued, 0 for a fresh start.
 
-        None if the segment ended before it started from a step. The step is read from a mark in the ledger. If this
-        mark is lost, it follows from the segment's first step.
+        The step is read from a mark in the ledger. If the mark is missing, it is the step before the segment's first
+        step. The result is None if the segment has neither.
         """
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
@@ -156,7 +156,7 @@ class Segment:
         return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds by the ledger's phases."""
+        """Seconds of the segment in each phase of the ledger."""
         found: dict[str, list[float]] = {}
         for span in self.spans:
             for name, seconds in span.phases.items():
@@ -165,7 +165,7 @@ class Segment:
 
 
 class Point(NamedTuple):
-    """A metrics record of a step that counts.
+    """A metrics record of a step that no later segment repeated.
 
     `seconds` and `usd` (None if unknown) are machine time and dollars of the whole run up to this record.
     """
@@ -179,7 +179,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """The content of a run folder. `config` is empty without a run.json.
+    """The content of a run folder. `config` is empty if there is no run.json.
 
     `objects` lists all objects in the folder; it is empty if only the dollars were read.
     """
@@ -210,10 +210,10 @@ class Run:
         return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
 
     def boundaries(self) -> list[float]:
-        """For each segment, the last step that counts.
+        """For each segment, the last step that no later segment repeated.
 
-        A later segment that continued from a checkpoint repeated all steps above the step of that checkpoint. If no
-        later segment did so, all steps count, and the number is infinity.
+        A later segment that continued from a checkpoint repeated all steps after that checkpoint. If no later segment
+        did so, the number is infinity.
         """
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
@@ -235,7 +235,7 @@ class Run:
         return found
 
     def points(self, kind: str) -> list[Point]:
-        """The metrics records of one kind at steps that count, ordered by step, then by time."""
+        """The metrics records of one kind without those of repeated steps, ordered by step, then by time."""
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
@@ -255,7 +255,7 @@ class Run:
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
-        """The machine seconds that the run had used in all at each mark with the name `mark`."""
+        """For each mark with the name `mark`, the machine seconds that the whole run had used by then."""
         found, seconds = [], 0.0
         for segment in self.segments:
             started_at = segment.started_at or 0.0
@@ -264,9 +264,9 @@ class Run:
         return found
 
     def restarts(self) -> list[float]:
-        """The machine seconds that the run had used in all at each restart.
+        """For each restart, the machine seconds that the whole run had used by then.
 
-        A restart is every segment except the first.
+        Every segment except the first is a restart.
         """
         found, seconds = [], 0.0
         for segment in self.segments[:-1]:

@@ -25,10 +25,10 @@ from core.run.folder import RunFolder
 from core.run.model import Segment
 from core.storage import ObjectInfo
 
-# A node that has neither a segment nor an end was killed or is still starting. A starting node opens a segment, is
-# ended as hung (HANG_MINUTES), or fails in preflight within this time.
+# A machine that has neither a segment nor end.json was killed or is still starting. Within this time, a starting
+# machine opens a segment, fails in preflight, or is ended because it hangs (HANG_MINUTES).
 STARTING_SECONDS = 1800.0
-# Segment and machine have the same start, except for rounding in JSON.
+# A segment and its machine have the same start. The tolerance is for the rounding in JSON.
 SAME_SECONDS = 1.5
 # Longest plausible time in seconds from a program's end to its machine's end. If it took longer, the machine did
 # something else meanwhile.
@@ -86,7 +86,7 @@ class Paid:
         return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
-        """Whether one of the segments holds this machine's time."""
+        """Whether one of the segments ran on this machine."""
         places = [(each.machine.host, each.started_at) for each in segments if each.started_at is not None]
         return any(map(self.is_at, places))
 
@@ -125,7 +125,7 @@ def end(folder: RunFolder, attempt: str) -> None:
 
 
 def gone(folder: RunFolder, attempt: str, at: float) -> None:
-    """Record that the machine itself was gone at a unix time. Raises StorageError."""
+    """Record the unix time `at` at which the machine itself was gone. Raises StorageError."""
     _write(storage.join(folder.machines, attempt, "gone.json"), {"time": at})
 
 
@@ -144,19 +144,19 @@ def unrecorded(
 ) -> list[Paid]:
     """The machines that have opened no segment.
 
-    `here` is the host and the start of this machine, if it is about to open its segment; it is left out.
+    `here` is the host and the start of this machine if it is about to open a segment. This machine is then left out.
     """
     segments = list(segments)
     return [each for each in found if not each.is_at(here) and not each.is_in(segments)]
 
 
 def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
-    """Upper bounds of dollars outside of segments: shutdowns of machines with a segment, and controllers of jobs."""
+    """Upper bounds of dollars that are in no segment: for shutdowns after segments, and for controllers of jobs."""
     segments = list(segments)
     for each in found:
         if each.usd_per_hour and each.is_in(segments):
             yield each.usd_per_hour / 3600 * each.shutdown_seconds
-    # Each job has a controller, paid from the job's submission until SkyPilot stops the controller.
+    # A controller is paid from the submission of its job until SkyPilot stops the controller.
     for controller in dict.fromkeys(each.controller for each in found if each.controller):
         ends = [_end_of(each, segments, now) for each in found if each.controller == controller]
         end = min(now, max(ends) + CONTROLLER_IDLE_SECONDS)
@@ -164,7 +164,7 @@ def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> It
 
 
 def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
-    """The usable records of `attempts`, or of all attempts if none are named; one record for each machine.
+    """The usable records of `attempts`, or of all attempts if it is None. Each machine has one record.
 
     Raises StorageError.
     """
@@ -172,9 +172,9 @@ def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[P
 
 
 def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
-    """The usable records of `attempts`, or of all attempts if none are named, by attempt. Raises StorageError."""
+    """The usable records by attempt: of `attempts`, or of all attempts if it is None. Raises StorageError."""
     names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
-    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
+    if storage.is_local(folder.url):  # threads hide the latency of requests, which a local disk does not have
         found = [_read(folder, name) for name in names]
     else:
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:

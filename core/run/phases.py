@@ -22,17 +22,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dated fact, its fields, and their description in Markdown."""
+    """A kind of dated fact in the ledger. `help` describes its fields in Markdown."""
 
     name: str
     fields: tuple[str, ...]
     help: str
 
 
-# A report lists them in this order.
+# A report lists the phases in this order.
 PHASES = (
-    Phase("provision", "launcher", "from the launch to the beginning of the ledger", "#707d91", "#9aa5b6"),
-    Phase("setup", "ledger", "from machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),
+    Phase("provision", "launcher", "time from the launch to the beginning of the ledger", "#707d91", "#9aa5b6"),
+    Phase("setup", "ledger", "time from machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),
     Phase("init", "ledger", "the program loads its code and opens the run", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents are turned into shards", "#2f9e63", "#3fb577"),
     Phase("finalize", "ledger", "preparation: shards are chosen, and the manifest is written", "#3aa6b9", "#4fb9cb"),
@@ -49,7 +49,7 @@ PHASES = (
     Phase("api", "report", "dollars paid to an endpoint. This cost adds no seconds", "#b58f5c", "#c8a573"),
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
     Phase("idle", "launcher", "time between two segments on one machine", "#c9ced6", "#4a515c"),
-    Phase("idle_until_down", "launcher", "from the end of the last segment to the machine's end", "#c9ced6", "#4a515c"),
+    Phase("idle_until_down", "launcher", "time from the last segment's end to the machine's end", "#c9ced6", "#4a515c"),
     Phase(
         "billing_unit",
         "launcher",

@@ -78,7 +78,7 @@ def spent_at_most(
     here: tuple[str | None, float] | None = None,
     after: int = 0,
 ) -> Spent:
-    """Upper bounds of what a run has cost so far. Raises StorageError.
+    """Upper bounds of the cost of a run so far. Raises StorageError.
 
     Counts the segments, the machines without a segment, and the preparation, evaluations, servers and exports of the
     run. Leaves out the segment `without`, and the machine whose host and start are `here`. If `after` is given, only
@@ -86,7 +86,7 @@ def spent_at_most(
     """
     folder = RunFolder(run_url)
     run = Run(folder)
-    # One listing finds all objects, because another node may be starting a segment whose folder has no object yet.
+    # Segments are found by their objects, because a segment that another node just starts may have none yet.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
     others = {url: Run(RunFolder(url)) for url in folder.beside}
     for other in others.values():
@@ -129,7 +129,7 @@ def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
-    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
+    if storage.is_local(folder.url):  # threads hide the latency of requests, which a local disk does not have
         return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))
@@ -200,7 +200,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """The `Seen` of a segment after all objects in these listings have been read."""
+    """The `Seen` of a segment once all objects in these listings have been read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
@@ -215,7 +215,7 @@ def _read_segment(
     known: Mapping[int, tuple[Segment, Seen]],
     number: int,
 ) -> tuple[Segment, Seen | None]:
-    """The segment, and the sequence numbers up to which it was read. The latter are None after an error."""
+    """The segment, and the sequence numbers up to which it was read (None if something could not be read)."""
     target = targets[number]
     segment, seen = known.get(number, (None, None))
     # A ledger that is shorter than the cached one has been replaced, so the cached one is discarded.

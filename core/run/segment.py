@@ -100,19 +100,20 @@ class SegmentLog:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
     def outage(self) -> tuple[float, str]:
-        """The seconds since the store began to refuse events, and the error that it gave."""
+        """The seconds since the store began to refuse events, and the newest error of the store."""
         journals = [self.metrics, self.ledger and self.ledger.journal]
         return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
 
     def flush(self) -> bool:
-        """Store all events so far.
+        """Store all events so far. Returns whether this succeeded.
 
-        A checkpoint is marked as complete only afterwards, so time and metrics of its steps cannot be missing.
+        The trainer marks a checkpoint as complete only afterwards, so that time and metrics of its steps are not
+        missing.
         """
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> None:
-        """Store everything. Idempotent. A failure of the store is only logged, so that it does not replace `reason`."""
+        """Store everything. A second call does nothing. If the store fails, the failure is only logged."""
         if self._watch:
             self._watch.close()
         if self.metrics:
@@ -135,8 +136,8 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     """Check the run, claim the next segment, start its ledger and metrics.
 
     As a context manager, the segment closes with the reason why the block ended. stop.leave ends the process without
-    leaving the block, so also register `close` with stop.on_leaving. Raises RunError for a folder that holds another
-    run. Raises ConfigError if a cap cannot be kept because a price is unknown.
+    leaving the block, so also register `close` with stop.on_leaving. Raises RunError if the folder holds another run.
+    Raises ConfigError if a cap cannot be kept because a price is unknown.
     """
     is_new = opening.identity is not None and open_run(folder, opening.identity, opening.config, opening.fingerprint)
     machine = machine_from_environment(opening.gpu, opening.gpus_per_node, environment)

@@ -1,6 +1,6 @@
-"""Builds a Segment from events of its ledger and metrics, in journal order and possibly in several portions.
+"""Builds a Segment from the events of its ledger and metrics, in journal order, in one or more calls.
 
-`segment.problems` names each event that is skipped because it cannot be understood. So a damaged event never prevents a
+An event that cannot be understood is skipped, and `segment.problems` names it. So a damaged event never prevents a
 report.
 """
 
@@ -27,7 +27,7 @@ SHOWN = {
     "forecast": ("val_loss", "error", "end", "usd"),
 }
 
-# Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
+# Gaps and overlaps up to this length are ignored. They come from rounding: the spans of a segment have none.
 TOLERANCE_SECONDS = 0.001
 # Limits for values in a ledger, which strangers may have changed. A real run stays within them.
 LARGEST = 1e18
@@ -96,7 +96,7 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows. Of the training records, one per span of the timeline is kept."""
+    """Append the metrics that a report shows. For each span of the timeline, only one training record is kept."""
     for event in events:
         kind, step, time = event.get("kind"), step_number(event.get("step")), moment(event.get("time"))
         if not isinstance(kind, str) or kind not in SHOWN or step is None or time is None:
@@ -138,11 +138,11 @@ def step_number(value: Any) -> int | None:
 
 
 def text(value: Any) -> str | None:
-    """A text, shortened, with terminal control characters as escapes, or None for anything else."""
+    """A text cut to LONGEST_TEXT, with terminal control characters as escapes. None for any other value."""
     return _visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
 
 
-_visible = functools.lru_cache(4096)(output.visible)  # the same few words are repeated often
+_visible = functools.lru_cache(4096)(output.visible)  # cached, because the same few words are repeated often
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:

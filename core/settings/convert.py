@@ -59,7 +59,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
             return number
         if number != int(number):
             raise problem
-        # Through int() where possible: a float would round integers above 2**53.
+        # int() is used where possible, because a float would round integers above 2**53.
         digits = str(text).replace("_", "")
         return int(digits) if digits.lstrip("+-").isdigit() else int(number)
     except (ValueError, OverflowError):

@@ -21,7 +21,7 @@ class EvaluateConfig(Bounded):
     """Settings of `python -m trainer.evaluate`."""
 
     tasks: tuple[str, ...] = setting(
-        OWN_TASKS, "what to measure: perplexity, hellaswag, or lm-eval:NAME for a task of lm-evaluation-harness"
+        OWN_TASKS, "measurements: perplexity, hellaswag, or lm-eval:NAME for a task of lm-evaluation-harness"
     )
     compare: tuple[str, ...] = setting(
         (),

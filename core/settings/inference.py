@@ -14,19 +14,19 @@ class Sampling(Bounded):
     max_tokens: int = setting(128, "maximum number of new tokens; a text also ends at the model's context", ge=1)
     repetition_penalty: float = setting(
         1.0,
-        "makes tokens of the text less likely: divides their positive logits, multiplies their negative ones "
-        "(Keskar et al. 2019); 1: off",
+        "a token that the text already has becomes less likely: its logit is divided by this number if it is positive, "
+        "and multiplied if it is negative (Keskar et al. 2019); 1: off",
         ge=0.01,
         le=100,
     )
     temperature: float = setting(0.8, "divides the logits; 0: always choose the likeliest token", ge=0)
     top_k: int = setting(50, "choose among the k likeliest tokens; 0: all", ge=0)
     top_p: float = setting(
-        1.0, "choose among the likeliest tokens with this total probability (Holtzman et al. 2020)", gt=0, le=1
+        1.0, "choose among the likeliest tokens that have this probability together (Holtzman et al. 2020)", gt=0, le=1
     )
     min_p: float = setting(
         0.0,
-        "least probability of a token, as a fraction of the likeliest token's (Nguyen et al. 2024); 0: off",
+        "choose among tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0: off",
         ge=0,
         le=1,
     )
@@ -77,7 +77,7 @@ class ExportConfig(Bounded):
     publish: str = setting(
         "", "also store the folder at hf:OWNER/NAME (needs HF_TOKEN) or at a URL such as s3://bucket/models/name"
     )
-    private: bool = setting(True, "make a repository that publishing creates on the Hub private")
+    private: bool = setting(True, "if `publish` creates a repository on the Hub, make it private")
     max_usd: float = setting(
         0.0, "no export begins once exports of the run at RUN_URL have cost this many dollars; 0: no cap", ge=0
     )

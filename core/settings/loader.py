@@ -45,11 +45,11 @@ def setting(
 
     `env` names an environment variable, which overrides the default and the file. If `identity` is False, the setting
     may differ between the segments of a run, because it does not change the result. Examples are paths, intervals and
-    prices. `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with
-    its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
-    `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these
-    bounds. `replaces` names settings of the same section. If this setting is given, their values of lower precedence
-    are dropped (see `load`).
+    prices. `identity="unless default"` is for a setting that is newer than some runs. These runs do not name it, and
+    were made with its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each
+    item of a list. `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from
+    Bounded checks these bounds. `replaces` names settings of the same section. If this setting is given, it drops the
+    values of those settings that have a lower precedence (see `load`).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -115,10 +115,10 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset each setting that a setting of a higher layer names in `replaces`.
+        """Unset each setting that a setting of higher precedence names in `replaces`.
 
-        A setting with the value 0 unsets no other setting. Raises ConfigError if two settings of one layer replace each
-        other, because only one of them can count.
+        A setting with the value 0 unsets no other setting. Raises ConfigError if two settings of equal precedence
+        replace each other.
         """
         for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
             for name in known[key].metadata["replaces"] if key in self.values else ():
@@ -180,10 +180,10 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
 
 
 def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
-    """The value, as text, of a top-level setting in the flags or else in the YAML file, and the place where it was set.
+    """The value, as text, of a top-level setting, and the place where it was set: a flag, or else the YAML file.
 
-    None if it is not set. Programs read with it the setting that decides which schema to load. Raises ConfigError for a
-    file that cannot be read.
+    None if it is not set. Programs call this for the setting that decides which schema to load. Raises ConfigError for
+    a file that cannot be read.
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
@@ -226,7 +226,7 @@ def to_yaml(config: Any) -> str:
 def describe(config: Any, others: str) -> str:
     """The settings that differ from their defaults, a line per section.
 
-    `others` is a text on where to find the other settings.
+    `others` is a text that says where the other settings can be found.
     """
     known = dict(_walk(type(config)))
     sections: dict[str, list[str]] = {}

@@ -1,11 +1,10 @@
-"""Estimates whether a training config fits a GPU's memory, and finds the nearest settings that do.
+"""Estimates whether a training config fits into a GPU's memory, and finds the nearest settings that fit.
 
     estimate(settings, model, micro_batch_size=32, world=8) <= memory_bytes("A100")
     verdict(settings, model, "A100", world=8)      (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
 
-Does not import torch, so that the check before a launch can give the trainer's advice. `memory` is in bytes per rank;
-`model.context` is the length of the sequences. The check refuses a launch only if the estimate exceeds the memory of
-the GPU; the trainer also measures on the machine.
+Does not import torch, so that the check before a launch can use it. This check refuses a launch only if the estimate
+exceeds the memory of the GPU. `memory` is in bytes per rank. `model.context` is the length of the sequences.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int
 
 
 def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: float) -> str:
-    """The end of a message. It names the flags with which training fits into `memory`, and costs the least speed."""
+    """The end of a message: the flags with which training fits into `memory` bytes at the least loss of speed."""
     stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
     remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
     if not settings.train.activation_checkpointing:

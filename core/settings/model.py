@@ -1,8 +1,8 @@
 """Declares the settings of a model, and computes its parameters, FLOPs and memory from them.
 
 Does not import torch, so that a forecast or a check before a launch can compute the figures of a model that
-`trainer.model.gpt` will build. There is one model with a setting per architectural choice, not a class per paper;
-trainer/configs/*.yaml are the named combinations.
+`trainer.model.gpt` will build. There is only one model. Each architectural choice is a setting of it, and
+trainer/configs/*.yaml are named combinations of the choices.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from core.settings.loader import Bounded, require, setting
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
-# Upper bound of the width. A stored run may hold any number, and the time of some computations grows with the width.
+# Upper bound of the width: a stored run may hold any number, and some computations take longer for a larger width.
 LARGEST_WIDTH = 1_000_000
 
 
@@ -52,13 +52,13 @@ class ModelConfig(Bounded):
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
     attention_scale: float = setting(0.0, "factor of the attention scores; 0: 1 / sqrt(width of a head)", ge=0)
     logit_softcap: float = setting(
-        0.0, "with value c, logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0
+        0.0, "a value c changes logits to c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0
     )
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
-    embedding_skip: bool = setting(False, "each block also gets the embedding as input, by two learned weights")
+    embedding_skip: bool = setting(False, "each block gets a learned mix of residual stream and embedding as input")
     value_skip: bool = setting(
         False,
-        "attention values mix with the first block's by learned weights (value residual, Zhou et al. 2024)",
+        "attention values are mixed with the first block's by learned weights (value residual, Zhou et al. 2024)",
     )
     extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
     document_mask: bool = setting(False, "tokens attend to their own document only")
@@ -135,9 +135,10 @@ def parameters(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al.
+    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention.
 
-    2022, PaLM, appendix B). The attention scores that the causal mask hides are counted too, as is usual.
+    L is the number of layers, T the context and D the width (Chowdhery et al. 2022, PaLM, appendix B). The attention
+    scores that the causal mask hides are counted too, as is usual.
     """
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
@@ -148,21 +149,21 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residu
     The model runs under autocast to bfloat16, and its blocks are compiled. The function counts the tensors that
     autograd stores (tests/activations.py). In torch 2.13, torch.compile keeps the tensors of each block that
     `_block_bytes` lists, and recomputes the others. If `recompute` is true, only the input of each block is kept. While
-    the backward pass of a block runs, all tensors of that one block are in memory too.
-    `residual_bytes` is the size of one number of the residual stream.
+    the backward pass of a block runs, all tensors of that one block are in memory too. `residual_bytes` is the size of
+    one number of the residual stream.
     """
     tokens = sequences * model.context
     block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
     # Stored outside of the blocks: the gradient that the loss has already computed, the input of the last norm
-    # (RMS-norm takes float32), and the norm and dropout mask of the embedding. A residual stream in bfloat16 begins
-    # with a copy.
+    # (RMS-norm takes float32), and the norm and dropout mask of the embedding. If the residual stream is in bfloat16, a
+    # bfloat16 copy of the normed embedding is stored too.
     around = residual + _norm_bytes(model) + (FP32_BYTES * model.width if model.norm == "rmsnorm" else residual)
     if model.embedding_norm:
         around += FP32_BYTES * model.width + _norm_bytes(model) + (residual if residual_bytes < FP32_BYTES else 0)
     around += model.width if model.dropout else 0
-    # All blocks use the first block's values. They are a view of a tensor that also holds queries and keys, so the
-    # whole tensor stays in memory.
+    # With `value_skip`, all blocks use the values of the first block. These are a view of a tensor that also holds
+    # queries and keys, so the whole tensor stays in memory.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
@@ -170,9 +171,9 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residu
 def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
     """Bytes per token that a compiled block stores for its backward pass, including its input."""
     products = 7 * model.width  # results of both norms, the queries, keys and values, the attention and its projection
-    products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
+    products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # one result each
     if model.position == "rope" or model.qk_norm:
-        # Queries and keys after rope or norm, and a reordered copy of the attention's result.
+        # Also stored: queries and keys after rope or norm, and a reordered copy of the attention's result.
         products += 3 * model.width
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # the hidden layer before and after the activation
     kept = residual_bytes * model.width + BF16_BYTES * products
@@ -203,7 +204,7 @@ def training_bytes(
     recompute: bool,
     residual: str = "fp32",
 ) -> float:
-    """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
+    """Bytes that one GPU needs to train. A step has `accumulation` micro-batches of `sequences` sequences per rank.
 
     The sum covers weights, gradients and partial gradient sums in float32; trainer.optim.reduce keeps a partial sum per
     level of its tree. It also covers the optimizer's state, bfloat16 copies of the weights, activations, and one chunk

@@ -14,7 +14,7 @@ def _cap() -> Any:
     """The field `max_usd` of programs that make a token set."""
     return setting(
         0.0,
-        "hard cap in dollars for all preparations with their ledger in RUN_URL; finished parts are kept; 0: no cap",
+        "hard cap in dollars for all preparations whose ledger is in RUN_URL; finished parts are kept; 0: no cap",
         identity=False,
         env="MAX_USD",
         ge=0,
@@ -27,7 +27,7 @@ class SourceConfig(Bounded):
 
     dataset: str = setting(
         "",
-        "name of a dataset on the Hugging Face Hub, such as HuggingFaceFW/fineweb-edu; with `name` and `split`",
+        "dataset on the Hugging Face Hub, such as HuggingFaceFW/fineweb-edu; `name` and `split` choose a part of it",
         replaces=("url", "name", "split", "revision"),
     )
     name: str = setting("", "the dataset's configuration (subset), such as sample-10BT; empty: the default one")
@@ -139,7 +139,7 @@ class PrepDataConfig(ShardsConfig):
         256 << 20, "source bytes per part, the unit of work and of resuming; the last shard of a part is shorter", gt=0
     )
     val_fraction: float = setting(
-        0.002, "maximum fraction of documents for validation, by hash of their id", ge=0, lt=1
+        0.002, "maximum fraction of documents for validation, chosen by a hash of their id", ge=0, lt=1
     )
     val_tokens: int = setting(
         0,
@@ -154,7 +154,7 @@ class PrepDataConfig(ShardsConfig):
         identity="unless default",
         ge=0,
     )
-    shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
+    shuffle: bool = setting(True, "shuffle the shards, and the documents within each shard")
     seed: int = setting(1337, "seed of the split and the shuffle")
 
     def __post_init__(self):
@@ -231,12 +231,12 @@ class PrepConfig(Bounded):
 
 @dataclass(frozen=True)
 class FetchSourceConfig:
-    """The token shards of another program that are to be imported."""
+    """The token shards to import, which another program has made."""
 
     train_url: str = setting(
         "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake
     )
-    val_url: str = setting("", "validation shards, as train_url; empty: none", check=urls.mistake)
+    val_url: str = setting("", "validation shards, in the form of train_url; empty: none", check=urls.mistake)
     revision: str = setting("", "commit or tag of hf:// sources; empty: the newest commit at the first start")
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Former names of settings, and settings of other programs, for errors that say what to do with a config or flag."""
+"""Lists renamed and removed settings, and settings of other programs. Errors then say what to write instead."""
 
 RENAMED = {
     "run.shutdown_seconds": "run.shutdown_reserve_seconds",
@@ -37,7 +37,7 @@ RENAMED = {
     "few_shot": "num_fewshot",
     "lm_eval_folder": "lm_eval_tasks",
     "shutdown_seconds": "shutdown_reserve_seconds",
-    "tokens": "max_tokens",  # generation had this name for a flag; evaluation has a setting with the same name
+    "tokens": "max_tokens",  # former flag of generation; evaluation has another setting with this name
     "rows": "max_batch_size",
 }
 

@@ -10,11 +10,11 @@ EXAMPLE_HOURS = 24.0
 def too_few_checkpoints(config: TrainingConfig, hours: float | None = None) -> str:
     """A sentence that says why a config's checkpoints are too rare for spot machines, with the calculation.
 
-    "" if they come often enough. `hours` is the expected length of the run. If it is unknown, 24 hours are assumed. A
-    run is refused if its first checkpoint is due after its last step. Interruptions come at random, on average M hours
-    apart (`checkpoint.expected_hours_between_failures`). A run of T hours that must restart from the beginning each
-    time takes M (e^(T/M) - 1) hours on average. If `every_steps` is 0, checkpoints come at the interval that costs
-    least.
+    The result is "" if they come often enough. `hours` is the expected length of the run. If it is unknown, 24 hours
+    are assumed. A run is refused if its first checkpoint is due after its last step. Interruptions come at random, on
+    average M hours apart (`checkpoint.expected_hours_between_failures`). A run of T hours that must restart from the
+    beginning each time takes M (e^(T/M) - 1) hours on average. If `every_steps` is 0, checkpoints come at the interval
+    that costs least.
     """
     every, apart = config.checkpoint.every_steps, config.checkpoint.expected_hours_between_failures
     if every < config.train.steps:

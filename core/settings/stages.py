@@ -13,7 +13,7 @@ OF_OTHER_STAGES = ("--start.", "--lora.", "--dpo.beta", "--dpo.label_smoothing",
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a training command with the long forms of its flags."""
+    """The arguments of a training command, with each short form of a flag replaced by its long form."""
     found = []
     for each in arguments:
         name, equals, value = each.partition("=")

@@ -28,7 +28,7 @@ class DataConfig(Bounded):
         check=urls.mistake_in_folder,
     )
     cache_gb: float = setting(20.0, "largest size of cache_dir in GB (10^9 bytes)", identity=False, gt=0)
-    shards_mixed: int = setting(4, "number of shards whose windows are mixed, and that are open at a time", ge=1)
+    shards_mixed: int = setting(4, "number of shards that are open at a time; their windows are mixed", ge=1)
     prefetch: int = setting(8, "approximate number of micro-batches prepared ahead", identity=False, ge=1)
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class BatchConfig(Bounded):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Bounded):
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks only."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for block matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = setting("adamw", "optimizer of the blocks' matrices")
     lr: float = setting(6e-4, "peak learning rate of AdamW", gt=0)
@@ -60,8 +60,8 @@ class OptimizerConfig(Bounded):
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
     schedule: Literal["cosine", "linear", "wsd"] = setting(
         "cosine",
-        "shape of the decay of the learning rates. wsd: they stay at the peak until a cooldown to 0 begins, "
-        "because of the money, `make anneal`, train.target_loss or train.steps",
+        "shape of the decay of the learning rates. wsd: they stay at the peak, then a cooldown to 0 begins; the money "
+        "left, `make anneal`, train.target_loss or train.steps decide when",
     )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
@@ -75,21 +75,21 @@ class OptimizerConfig(Bounded):
     )
     anneal_fraction: float = setting(
         0.0,
-        "with wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
+        "if schedule is wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
         identity="unless default",
         ge=0,
         lt=1,
     )
     anneal_shape: Literal["auto", "linear", "1-sqrt"] = setting(
         "auto",
-        "with wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
+        "if schedule is wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
         identity="unless default",
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms", ge=0)
-    beta1: float = setting(0.9, "first-moment decay", ge=0, lt=1)
-    beta2: float = setting(0.95, "second-moment decay", ge=0, lt=1)
-    eps: float = setting(1e-8, "denominator term", gt=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's decay of the second moment", ge=0, lt=1)
+    eps: float = setting(1e-8, "added to the denominator of AdamW's update", gt=0)
     muon_lr: float = setting(0.02, "peak learning rate of Muon", gt=0)
     muon_momentum: float = setting(0.95, "Muon's momentum", ge=0, lt=1)
     muon_weight_decay: float = setting(0.0, "Muon's decay", ge=0)
@@ -97,8 +97,8 @@ class OptimizerConfig(Bounded):
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     zero: Literal[0, 1, 2] = setting(
         0,
-        "ZeRO stage (Rajbhandari et al. 2020). 1: each rank keeps the optimizer state of its share of rows "
-        "only. 2: each rank also keeps partial gradient sums of that share only; this needs more exchanges. The "
+        "ZeRO stage (Rajbhandari et al. 2020). 1: each rank keeps only the optimizer state of its share of rows. "
+        "2: each rank also keeps only the partial gradient sums of its share, which needs more exchanges. The "
         "stage does not change the results",
         identity=False,
     )
@@ -110,7 +110,7 @@ class TrainLoopConfig(Bounded):
 
     steps: int = setting(
         19073,
-        "optimizer steps of the whole run; with schedule wsd, the largest number of steps",
+        "optimizer steps of the whole run; if schedule is wsd, the largest number of steps",
         gt=0,
         replaces=("tokens", "epochs"),
     )
@@ -130,13 +130,13 @@ class TrainLoopConfig(Bounded):
     )
     extend: bool = setting(
         False,
-        "continue a run with more train.steps than before: from its stable part, or with a second warm-up; "
+        "continue a run with more train.steps than before: from its trunk (wsd), or with a second warm-up; "
         "--extend for short",
         identity=False,
     )
     target_loss: float = setting(
         0.0,
-        "with schedule wsd: begin the cooldown once its forecast final validation loss is at most this; 0: no target",
+        "if schedule is wsd: begin the cooldown once the forecast final validation loss is at most this; 0: no target",
         identity=False,
         ge=0,
     )
@@ -168,7 +168,7 @@ class TrainLoopConfig(Bounded):
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
     eval_first: bool = setting(
         True,
-        "validate and sample before the first step too, if validations and samples at intervals are on",
+        "also validate and sample before the first step, if eval_every and sample_every are above 0",
         identity=False,
     )
     eval_tokens: int = setting(
@@ -290,13 +290,13 @@ class CheckpointConfig(Bounded):
     )
     max_lost_seconds: float = setting(
         60.0,
-        "with every_steps=0: the most work, in seconds, that is lost if a machine ends without notice",
+        "if every_steps is 0: the most work, in seconds, that is lost if a machine ends without notice",
         identity=False,
         gt=0,
     )
     expected_hours_between_failures: float = setting(
         4.0,
-        "with every_steps=0: expected hours until a machine is lost (spot: 1 to 20)",
+        "if every_steps is 0: expected hours until a machine is lost (spot: 1 to 20)",
         identity=False,
         gt=0,
     )
@@ -308,7 +308,7 @@ class CheckpointConfig(Bounded):
     )
     keep_best: bool = setting(
         True,
-        "also keep the checkpoint with the lowest validation loss; a step with a new lowest one is saved",
+        "also keep the checkpoint with the lowest validation loss; a step with a new lowest loss is saved",
         identity=False,
     )
     keep_every_steps: int = setting(
@@ -325,7 +325,7 @@ class CheckpointConfig(Bounded):
     )
     last_try_minutes: float = setting(
         10.0,
-        "when training stops because its store fails, it tries to store the last step for this many minutes",
+        "if training stops because its store fails, it tries to store the last step for this many minutes",
         identity=False,
         ge=0,
     )

@@ -60,7 +60,7 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 @dataclass(frozen=True)
 class LoraConfig(Bounded):
-    """Low-rank adapters (Hu et al. 2021). They train instead of all other weights."""
+    """Low-rank adapters (Hu et al. 2021). If there are adapters, no other weights are trained."""
 
     rank: int = setting(0, "rank of the adapters; 0: no adapters, all weights train", ge=0)
     alpha: float = setting(16.0, "the output of an adapter is multiplied by alpha / rank", gt=0)
@@ -201,7 +201,7 @@ class EndpointConfig(Bounded):
     url: str = setting("https://api.openai.com/v1", "the server's base URL", env="OPENAI_BASE_URL", identity=False)
     model: str = setting("", "name of the model at the server")
     concurrency: int = setting(8, "concurrent calls", identity=False, gt=0)
-    timeout_seconds: float = setting(120.0, "limit of one call", identity=False, gt=0)
+    timeout_seconds: float = setting(120.0, "time limit of one call, in seconds", identity=False, gt=0)
     attempts: int = setting(6, "calls for one answer before its prompt is skipped", identity=False, gt=0)
     max_wait_seconds: float = setting(
         120.0,
@@ -228,7 +228,9 @@ class EndpointConfig(Bounded):
 class BudgetConfig(Bounded):
     """The most that all answers may cost, and the prices of the server."""
 
-    max_usd: float = setting(0.0, "limit of the cost of all calls; required", identity=False, ge=0)
+    max_usd: float = setting(
+        0.0, "limit in dollars of the cost of all calls; required if answers have a price", identity=False, ge=0
+    )
     usd_per_million_input: float = setting(0.0, "price of a million prompt tokens in dollars", identity=False, ge=0)
     usd_per_million_output: float = setting(0.0, "price of a million answer tokens in dollars", identity=False, ge=0)
 
@@ -306,7 +308,7 @@ class WorkConfig(Bounded):
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """`python -m trainer.synthesize`."""
+    """Settings of `python -m trainer.synthesize`."""
 
     run: WorkConfig = section(WorkConfig)
     make: MakeConfig = section(MakeConfig)

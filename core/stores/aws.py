@@ -10,7 +10,7 @@ from core.stores.base import Terms
 
 log = logging.getLogger(__name__)
 DEFAULT_REGION = "us-east-1"
-# The first variable that is set counts.
+# The first of these variables that is set gives the endpoint.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 SERVICES = ("aws", "r2", "s3-like")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -51,7 +51,7 @@ class Place:
         found: dict[str, Any] = {
             "region": self.region,
             "conditional_put": "etag",
-            # Signing the body would need one more pass over it. AWS's tools do not sign it over https either.
+            # To sign the body, it would have to be read once more. AWS's tools do not sign it over https either.
             "unsigned_payload": True,
             # Some servers do not accept lists of keys; this project deletes one object at a time.
             "disable_bulk_delete": True,
@@ -89,7 +89,7 @@ class Place:
         return True
 
     def home(self) -> str | None:
-        """The bucket's region, which the server returns without credentials, or None if it does not answer."""
+        """The bucket's region. The server returns it without credentials. None if the server does not answer."""
         import urllib.error  # imported here, because most programs never need this module
         import urllib.request
 

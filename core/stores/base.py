@@ -1,7 +1,7 @@
-"""Defines Store, the interface of stores for core.storage, and selects keys by patterns.
+"""Defines Store, the interface of stores for core.storage, and matches keys with patterns.
 
-The form of the keys differs between stores. Each store raises its library's errors, which core/stores/faults.py
-interprets.
+Each store has its own form of keys. A store raises the errors of its library, and core/stores/faults.py interprets
+them.
 """
 
 import fnmatch
@@ -31,7 +31,7 @@ class Terms:
     service: str
     bucket: str = ""
     endpoint: str = "the server"
-    create: str = "create it"  # a sentence on how to create the bucket
+    create: str = "create it"  # words that say how to create the bucket
     keys: str = ""  # variables that hold its credentials
     access: str = "that the key may read and write this bucket"
 
@@ -58,16 +58,16 @@ class Store(Protocol):
         """Size in bytes. Raises FileNotFoundError or the library's equivalent."""
 
     def objects(self, folder: str) -> Iterable[Found]:
-        """All objects below a folder at any depth. There are none if the folder does not exist."""
+        """All objects below a folder at any depth. The result is empty if the folder does not exist."""
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of objects and folders one level below a folder. There are none if the folder does not exist."""
+        """Names of objects and folders one level below a folder. Empty if the folder does not exist."""
 
     def matching(self, pattern: str) -> Iterable[Found]:
         """Objects whose keys match a pattern."""
 
     def pinned(self, key: str) -> str:
-        """The key at its current version, if the store keeps versions; otherwise the key."""
+        """The key with its current version, if the store keeps versions. Otherwise the key is returned unchanged."""
 
     def delete(self, key: str) -> None:
         """Delete an object. May raise FileNotFoundError if it does not exist."""
@@ -95,8 +95,8 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     """A function that says whether a whole path matches a pattern.
 
     `**` matches folders only if it is a whole part of the pattern. Names that begin with `.` are hidden, as in a shell.
-    Names that begin with `_` are hidden too, because Spark and Hive use them for files beside the data. A wildcard
-    matches a hidden name only if its part of the pattern begins with the same character (`.*`, `_*`).
+    Names that begin with `_` are hidden too, because Spark and Hive give such names to files that are not data. A
+    wildcard matches a hidden name only if its part of the pattern begins with the same character (`.*`, `_*`).
     """
     parts = [None if part == "**" else _part(part) for part in pattern.split("/")]
     return lambda path: _fits(parts, path.split("/"))
@@ -114,7 +114,7 @@ def literal_parts(parts: Sequence[str], exists: Callable[[Sequence[str]], bool])
 
 
 def matching(store: Store, pattern: str) -> Iterator[Found]:
-    """Objects of a store whose keys match a pattern, from a listing of the folder before the first wildcard."""
+    """Objects whose keys match a pattern. The store lists the folder before the first wildcard."""
     folder = _WILD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
     found = list(store.objects(folder))
     parts = pattern.split("/")

@@ -1,9 +1,9 @@
 """Finds the credentials of a bucket: in the BUCKET_ variables, else in the places that the store's own tools use.
 
-For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
-then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
-Azure, obstore finds application default credentials (GOOGLE_APPLICATION_CREDENTIALS), the login of the Azure CLI and
-the machine's identity.
+For S3, these places are the environment (AWS_ACCESS_KEY_ID, ...), a profile or SSO login of ~/.aws if boto3 is
+installed, and the machine's role. The first one with keys is used. A profile is read again before its keys expire,
+because other programs renew the keys. For Google and Azure, obstore itself looks for credentials: application default
+credentials (GOOGLE_APPLICATION_CREDENTIALS), the login of the Azure CLI, the machine's identity.
 """
 
 import datetime
@@ -35,10 +35,9 @@ class NoCredentials(Exception):
 
 
 def for_s3(variables: Mapping[str, str]) -> Provider | None:
-    """A function that returns keys.
+    """Returns a function that returns keys, or None if obstore itself finds the keys of the machine's role.
 
-    The result is None if the machine's role is to be used, because obstore finds the role's keys itself. Raises
-    ConfigError if a variable is set but its partner is not (key and secret).
+    Raises ConfigError if only one of a key and its secret is set.
     """
     for key, secret, token in (
         ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_SESSION_TOKEN"),
@@ -65,7 +64,7 @@ def has_profile(variables: Mapping[str, str]) -> bool:
 
 
 def profile_settings(variables: Mapping[str, str]) -> Mapping[str, str]:
-    """`region` and `endpoint_url` of the AWS profile in use. Both are empty if there is no profile."""
+    """`region` and `endpoint_url` of the AWS profile in use. The result is empty if there is no profile."""
     if not has_profile(variables) or not importlib.util.find_spec("boto3"):
         return {}
     import botocore.session

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from core.errors import DiskFull, LauncherError, ObjectExists, ObjectNotFound, StorageError
 from core.stores.base import Terms
 
-# Longest pause that a server can ask for. The Hugging Face Hub counts requests in windows of five minutes.
+# Longest pause in seconds that a server can ask for. The Hugging Face Hub counts requests in windows of five minutes.
 MAX_WAIT_SECONDS = 300.0
-# Shortest pause after a 429 or 503, because obstore does not show how long the server asks to wait (Retry-After).
+# Shortest pause in seconds after a 429 or 503. obstore does not show how long the server asks to wait (Retry-After).
 THROTTLED_SECONDS = 1.0
 
 
@@ -27,7 +27,7 @@ class NoListing(Exception):
 
 
 class NoConditions(Exception):
-    """The server does not take conditional writes; `__cause__` is its answer."""
+    """The server does not support conditional writes; `__cause__` is its answer."""
 
 
 class GaveUp(Exception):
@@ -73,7 +73,7 @@ def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row
     return _Row(frozenset(marks.split()), kind, text)
 
 
-# The first matching row counts. Codes of servers say more than types of a library, so the rows with codes come first.
+# The first matching row is used. A server's code says more than a library's type, so rows with codes come first.
 _TABLE = (
     _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
     _row(
@@ -153,7 +153,7 @@ def is_conflict(marks: frozenset[str]) -> bool:
 
 
 def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
-    """The shortest pause in seconds that the server asks for before a retry, at most MAX_WAIT_SECONDS."""
+    """The least number of seconds to wait before a retry, as the server asks, but at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
@@ -199,7 +199,7 @@ def _fitting(marks: frozenset[str]) -> _Row | None:
 
 
 def _hint(error: BaseException) -> str:
-    """The reason why core/stores/credentials.py found no keys. obstore includes it in its error."""
+    """The reason why core/stores/credentials.py found no keys, taken from obstore's error message."""
     found = next(filter(None, (_PROVIDER.search(str(link)) for link in _chain(error))), None)
     said = found["said"].strip() if found else ""
     return f"; {said}" if said else ""
@@ -216,9 +216,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 # Metadata services. Libraries ask them for credentials if they find no credentials elsewhere.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
-# The innermost reason in an error of rustls.
+# The innermost reason in an error of rustls, the TLS library of obstore.
 _CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")
-# The body of a refusal names the region that the server expects.
+# The region that the server expects, in the body of its refusal.
 _REGION = re.compile(r"<Region>([\w-]+)</Region>|expecting (?:'|&apos;|&#39;)([\w-]+)")
 _PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 

@@ -1,9 +1,9 @@
 """Reads the Hugging Face Hub as a store, and looks up commits, web pages and names of datasets there.
 
-Each byte range is one request to a `resolve` address, which the Hub's content network answers. fsspec's reader also
-asks the Hub's API before each range. To read a parquet file by thousands of ranges would exceed the API's rate limit. A
-file in the local cache (below HF_HOME) is read from there. HF_TOKEN is used if set; HF_ENDPOINT names another Hub. The
-store's keys are whole URIs.
+Each byte range is one request to a `resolve` address, which the Hub's content network answers. fsspec's reader is not
+used: it also asks the Hub's API before each range, and a parquet file has thousands of ranges, which would exceed the
+API's rate limit. A file in the local cache (below HF_HOME) is read from there. HF_TOKEN is used if set. HF_ENDPOINT
+names another Hub. The store's keys are whole URIs.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def page_of(dataset: str) -> str:
 def similar_datasets(name: str) -> list[str]:
     """Names of datasets on the Hub with the same owner or a similar name, for a message.
 
-    Empty if the Hub does not answer.
+    The list is empty if the Hub does not answer.
     """
     from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""Local folders as a store: flushes every write to disk and follows links (core/files.py)."""
+"""Uses local folders as a store. Every write is flushed to disk, and links are followed (core/files.py)."""
 
 import math
 import os
@@ -21,7 +21,7 @@ def path_of(uri: str) -> Path:
 
 
 class LocalStore:
-    """Keys are whole URIs: plain paths, or file:// before one."""
+    """The store of local folders. Its keys are whole URIs: a plain path, or file:// and a path."""
 
     terms = TERMS
     is_local = True

@@ -1,7 +1,8 @@
 """Opens the store behind a URI, once per process, bucket and set of credentials.
 
-No other module distinguishes the schemes of URIs. store, key = opener.open_store("s3://bucket/runs/first/run.json") key
-is runs/first/run.json
+    store, key = opener.open_store("s3://bucket/runs/first/run.json")    # key is runs/first/run.json
+
+No other module chooses a store by the scheme of a URI.
 """
 
 import os
@@ -30,7 +31,7 @@ _opened: dict[tuple, Store] = {}
 def scheme_of(uri: str) -> str:
     """The scheme of a URI: `s3` for s3://bucket/key, `file` for a plain path.
 
-    Raises StorageError for another spelling (`core.urls`).
+    Raises StorageError for a misspelt URI (`core.urls`).
     """
     if problem := urls.mistake(uri):
         raise StorageError(f"{uri}: {problem}")

@@ -1,4 +1,4 @@
-"""Object stores over obstore: Google, Azure, memory, and S3 with every service of its protocol.
+"""Reaches object stores through obstore: Google, Azure, memory, and every service with S3's protocol.
 
 core/stores/retries.py retries requests, except for the parts of a large upload: obstore retries these, because only
 obstore knows the parts.
@@ -26,7 +26,7 @@ SILENT_UPLOAD_SECONDS = 300
 REQUEST_SECONDS = 24 * 3600
 
 PART_BYTES = 16 << 20
-MOST_PARTS = 9000  # S3 takes 10,000
+MOST_PARTS = 9000  # S3 allows 10,000
 PARTS_AT_ONCE = 6
 UPLOAD_TRIES = 7
 # Bytes per piece of a download. Larger pieces are copied more often inside obstore.
@@ -137,7 +137,7 @@ class RemoteStore:
                 self._upload(key, file, size)
 
     def _upload(self, key: str, content: Any, size: int) -> None:
-        """Upload in parallel parts. If a part fails finally, obstore removes the others."""
+        """Upload in parallel parts. If a part still fails after its retries, obstore removes the other parts."""
         part = max(PART_BYTES, -(-size // MOST_PARTS))
         try:
             obstore.put(self._uploads, key, content, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
@@ -164,7 +164,7 @@ class RemoteStore:
             return obstore.get(self._store, key, options={"range": (0, 1)}).meta["size"]
         except Exception as error:
             marks = faults.marks_of(error)
-            if "416" in marks:  # an empty object
+            if "416" in marks:  # the object is empty, so it has no byte to return
                 raise refusal from None
             if "AccessDenied" not in marks or not self._is_denied_listing(key):
                 raise

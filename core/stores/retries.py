@@ -1,4 +1,4 @@
-"""Calls a store: retries transient errors, translates all others, and keeps a waiting main thread interruptible.
+"""Calls a store: retries transient errors, translates other errors, and lets signals interrupt a waiting main thread.
 
 retries.call("s3://bucket/a.json", "read", lambda store, key: store.size(key))
 """
@@ -76,9 +76,11 @@ def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset
     time.sleep(pause)
 
 
-# --- interruptible waiting ------------------------------------------------------------------------------------- Python
-# runs signal handlers between two bytecodes of the main thread. A request of obstore is one bytecode, and takes a
-# minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
+# --- interruptible waiting -------------------------------------------------------------------------------------
+
+# Python runs signal handlers between two bytecodes of the main thread. A request of obstore is one bytecode, and takes
+# a minute if the server hangs. Another thread therefore makes the request. The main thread waits for this thread, and a
+# signal can interrupt the wait.
 
 
 class _Asker:
@@ -103,8 +105,8 @@ class _Asker:
             del call, future  # otherwise, these variables would keep the last object in memory until the next call
 
 
-# Threads that wait for their next request. If the caller of a thread was interrupted, the thread is not put back into
-# this list.
+# Threads that wait for their next request. If a signal interrupts the caller of a thread, the thread is still busy and
+# is not put back into this list.
 _idle: list[_Asker] = []
 os.register_at_fork(after_in_child=_idle.clear)
 

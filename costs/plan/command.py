@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RUN_URL",
-        help="take speed and overhead from this run; may be given several times",
+        help="use the measured speed and overhead of this run; repeatable",
     )
     add("--refuse-stale", metavar="DAYS", help="refuse prices that are older than this number of days, or have no date")
     add("--offline", action="store_true", help="use the price snapshot, and do not read the runs in BUCKET")
@@ -134,13 +134,13 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         console.print(line, markup=False)
     usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
     everything = view.run_command(usd, bucket, given)
-    console.print("Keys, quotas and the bucket must allow it; `make check` looks for what would fail.", markup=False)
+    console.print("`make check` tests whether keys, quotas and the bucket allow a launch.", markup=False)
     for what, command in (
         ("To do all of plan 1 (rents machines): prepare, train, evaluate, export:", everything),
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
-        # Printed without the console, which would break a line that the user is to copy.
+        # The command is not printed by the console, which would break its line: the user is to copy it.
         console.file.write(f"  {command}\n")
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
@@ -150,12 +150,12 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         console.print("not planned:", markup=False)
     for line in view.refusals(answer):
         console.print(f"  {line}", markup=False)
-    console.print("next (rents machines):", markup=False)  # the end of a long output is what a terminal shows
+    console.print("next (rents machines):", markup=False)  # repeated, since a terminal shows the end of a long output
     console.file.write(f"  {everything}\n")
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` needs too, by name. A flag without a value has the value ""."""
+    """The given flags that `make run` must get too, by name. A flag without a value has the value ""."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
@@ -163,14 +163,14 @@ def _constraints(options: argparse.Namespace) -> dict[str, str]:
 
 def _beside(prices: Prices) -> list[str]:
     """Notes on costs that the dollars do not include."""
-    said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
+    said = ["a pushed container image is assumed (make image); without IMAGE, each node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
         said.append("the tokens count as prepared, so the dollars do not include their preparation")
     return said
 
 
 def _own(options: argparse.Namespace) -> Own:
-    """The user's own runs; the runs of --like come first."""
+    """The results of the user's own runs. The runs of --like have precedence."""
     mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
     if not named.speeds and not named.losses:

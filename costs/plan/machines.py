@@ -38,8 +38,9 @@ class Refusal:
 class Machine:
     """A machine that a launch of `task` with `options` rents.
 
-    Its dollars per hour are the expected price and the range over zones and regions. `priced` is the day of the price,
-    or None if the price has no date. `idle_seconds` is the time from the run's end to the machine's shutdown.
+    `usd` is the expected price in dollars per hour. `low` and `high` are the range of prices over zones and regions.
+    `priced` is the day of the price, or None if it has no date. `idle_seconds` is the time from the run's end to the
+    machine's shutdown.
     """
 
     task: str
@@ -74,9 +75,9 @@ def tasks(folder: Path = ROOT / "sky") -> list[TaskSpec]:
 def machines(
     catalog: Catalog, tasks: Sequence[TaskSpec], wanted: Wanted, today: date
 ) -> tuple[list[Machine], list[Refusal]]:
-    """All machines with GPUs that a task launches, and those that no task launches.
+    """All machines with GPUs that a task launches, and a refusal for each machine that no task launches.
 
-    A managed task launches spot machines, any other task on-demand machines.
+    A managed task launches spot machines. Any other task launches on-demand machines.
     """
     kinds: dict[tuple[str, str, int], list[Offer]] = {}
     for offer in catalog.offers:
@@ -105,7 +106,7 @@ def _is_wanted(offer: Offer, wanted: Wanted) -> bool:
 
 
 def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iterable[TaskSpec]) -> Machine | Refusal:
-    """The machine that the first fitting task launches. Tasks that name these GPUs come first."""
+    """The machine that the first fitting task launches, or a refusal. Tasks that name these GPUs are tried first."""
     cloud, gpu, count = offers[0].cloud, offers[0].accelerator or "", offers[0].accelerators
     kind = [task for task in tasks if task.managed is spot]
     for task in sorted(kind, key=lambda task: not any(_asks_for(each, gpu, count) for each in task.requests)):
@@ -114,8 +115,8 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
         allowed = [each for each in allowed if each]
         if not allowed:
             continue
-        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, it takes the cheapest
-        # place.
+        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, SkyPilot takes the
+        # cheapest place.
         first = allowed[0] if spot else [min((o for each in allowed for o in each), key=lambda o: _price(o, spot))]
         prices = sorted(_price(offer, spot) for offer in first)
         kept = [o for each in allowed for o in each if o.instance_type == first[0].instance_type]
@@ -155,7 +156,7 @@ def _with_gpus(task: TaskSpec, gpu: str, count: int) -> list[MachineRequest]:
 
 
 def _options(task: TaskSpec, gpu: str, count: int, cloud: str) -> tuple[str, ...]:
-    """The options of make with which the task launches only these GPUs, and only in this cloud."""
+    """The options of make that restrict a task to these GPUs and this cloud."""
     options = []
     if not all(_asks_for(request, gpu, count) for request in task.requests):
         options.append(f"GPUS={gpu}:{count}")

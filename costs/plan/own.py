@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Own:
-    """Results of the user's runs: speeds and overheads by instance type, a note about these, and the losses."""
+    """Results of the user's runs: speeds and overheads by instance type, losses, and a note on the speeds."""
 
     speeds: Mapping[str, list[Measured]] = field(default_factory=dict)
     losses: Sequence[OwnRun] = ()
@@ -48,9 +48,9 @@ def _is_rehearsal(run: Run) -> bool:
 
 
 def in_bucket(environment: Mapping[str, str]) -> Own:
-    """The results of the runs in BUCKET. They are left out if the store does not answer."""
+    """The results of the runs in BUCKET. If the store does not answer in time, there are no results."""
     if not environment.get("BUCKET"):
-        said = "own runs: none were read, BUCKET is not set; speeds and overheads are published or assumed ones"
+        said = "own runs: none were read, BUCKET is not set; speeds and overheads are published or assumed values"
         return Own(said=said)
     answers: list[Own] = []
     reader = threading.Thread(target=lambda: answers.append(_read(environment)), daemon=True)
@@ -69,5 +69,5 @@ def _read(environment: Mapping[str, str]) -> Own:
 def note(speeds: Mapping[str, Sequence[Measured]]) -> str:
     count = sum(len(each) for each in speeds.values())
     if not count:
-        return "own runs: none in BUCKET has trained; speeds and overheads are published or assumed ones"
+        return "own runs: none in BUCKET has trained; speeds and overheads are published or assumed values"
     return f"own runs: speed and overhead of {count} on {', '.join(sorted(speeds))}"

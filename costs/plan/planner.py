@@ -1,11 +1,11 @@
-"""Finds the machine, model size, tokens and recipe with the lowest expected loss for a sum. All functions are pure.
+"""Finds the machine, model size, tokens and recipe with the lowest expected loss for a sum of dollars.
 
     found, refused = buyers(machines, Prices(Assumptions(), rates))
     answer = plan(Question(usd=20.0), found, refused, law.load())
     answer.plans[0].loss, answer.plans[0].tokens
 
-Dollars come from `cost_report.py estimate` (costs/forecast.py). They are linear in the tokens, so two prices give the
-number of tokens that a sum buys.
+The dollars of a run come from costs/forecast.py, as in `cost_report.py estimate`. They are a linear function of the
+tokens, so the dollars of two runs give the number of tokens that a sum buys. All functions are pure.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from costs.plan.machines import Machine, Refusal
 from costs.plan.recipes import Candidate
 from costs.throughput import Measured, Throughput
 
-# Tokens per trained parameter. The runs behind the law span 5 to 89; outside of this range the law has no data.
+# Tokens per trained parameter. The law was fitted to runs with 5 to 89, and has no data outside of this range.
 LEAST_RATIO, MOST_RATIO = 8.0, 80.0
-MOST_EPOCHS = 4.0  # repeats up to here are almost as good as new tokens (Muennighoff et al. 2023, arXiv 2305.16264)
+MOST_EPOCHS = 4.0  # up to here, repeated tokens are almost as good as new ones (Muennighoff et al., arXiv 2305.16264)
 CONTROLLER, RESERVE = "jobs controller", "reserve"
 PREPARATION, EVALUATION, EXPORT = "preparation", "evaluation", "export"
 CONTROLLER_HOURS = 0.25  # the controller's start, and the ten minutes until it stops
@@ -38,8 +38,8 @@ SAME_DOLLARS = 0.05  # two sums of dollars that differ by less than this share c
 class Question:
     """A sum in dollars and the constraints on its use.
 
-    The share `reserve` is kept back, because the cap would end a more expensive run before its learning rates have
-    fallen.
+    `reserve` is the share of the sum that a plan does not spend. Without a reserve, the cap would end a run that costs
+    more than expected before its learning rates have fallen.
     """
 
     usd: float
@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Prices:
-    """The sources of dollars and speeds. `own` are measurements of the user's runs by instance type.
+    """The sources of dollars and speeds. `own` holds measurements of the user's runs by instance type.
 
     `beside` holds the dollars of the stages on other machines: PREPARATION, EVALUATION and EXPORT.
     """
@@ -78,7 +78,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be launched. `usd` is the sum of `parts`, which include the reserve.
+    """A run that can be launched. `usd` is the sum of the dollars in `parts`, which include the reserve.
 
     `loss` is the expected loss and `error` the error of the law. `best` and `worst` are the bounds of the loss under
     the most and the least favourable price, speed and number of preemptions, with the error included. `worst` is None
@@ -100,7 +100,7 @@ class Plan:
     worst: float | None
     speed: Throughput
     k: float
-    limit: str  # the reason why there are not more tokens: the money, the deadline, or the data
+    limit: str  # what limits the number of tokens: money, deadline or data
 
     @property
     def spent(self) -> float:
@@ -112,12 +112,12 @@ class Plan:
 
     @property
     def machines_usd(self) -> float:
-        """The dollars for the machines of all stages. This is the sum without the parts that no ledger counts."""
+        """The dollars for the machines of all stages. Storage, egress and the jobs controller are left out."""
         return self.usd - sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
 
     @property
     def cap_usd(self) -> float:
-        """MAX_USD of the training. This cap counts the machines of the training only."""
+        """MAX_USD of the training: a cap for the machines of the training only."""
         return (
             int(
                 (self.machines_usd - sum(self.parts.get(name, 0.0) for name in (PREPARATION, EVALUATION, EXPORT))) * 100
@@ -201,7 +201,7 @@ def bill(
 def buyers(
     machines: Iterable[Machine], prices: Prices, size: str | None = None, recipe: str | None = None
 ) -> tuple[list[Buyer], list[Refusal]]:
-    """All candidates on all machines, and the machines without a candidate.
+    """All candidates on all machines, and a refusal for each machine without a candidate.
 
     Raises ConfigError if a preset of the project cannot be read.
     """
@@ -227,7 +227,7 @@ def _buyer(machine: Machine, candidate: Candidate, prices: Prices) -> Buyer | st
     if rate is None or rate.kind == "assumed":
         return "its speed was neither measured nor published; give --like RUN_URL of a run on it"
     if measured is None and "pcie" in offer.instance_type:
-        return "it has PCIe, and the published speeds are of SXM; give --like RUN_URL of a run on it"
+        return "its GPUs use PCIe, but the published speeds are of SXM; give --like RUN_URL of a run on it"
     fit = recipes.fit(candidate, offer.accelerator or "", offer.accelerators)
     if isinstance(fit, str):
         return f"{candidate.recipe} {candidate.size} {fit}"
@@ -297,9 +297,9 @@ def _choices(
 
 
 def _least(group: Sequence[Buyer], question: Question, law: Law) -> list[tuple[float, str]]:
-    """The smallest sum with which a plan is possible on a machine, and a text on what this sum buys.
+    """The smallest sum for which a plan is possible on a machine, and a description of that plan.
 
-    The other constraints are kept.
+    The plan meets the other constraints of the question. If no plan does, the result is empty.
     """
     able = [each for each in group if each.least_tokens <= MOST_EPOCHS * question.unique_tokens]
     if question.deadline_hours is not None:
@@ -319,7 +319,7 @@ def _least(group: Sequence[Buyer], question: Question, law: Law) -> list[tuple[f
 
 
 def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -> Plan:
-    """The plan of a candidate that may use this many tokens, rounded to whole steps."""
+    """The plan of a candidate with at most `most` tokens, rounded down to whole steps."""
     machine, candidate = buyer.machine, buyer.candidate
     money = question.usd * (1 - question.reserve)
     per_step = buyer.settings.batch.tokens_per_step

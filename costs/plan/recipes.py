@@ -1,7 +1,7 @@
 """Lists the models that a plan chooses from: the project's recipes in several sizes, with their settings.
 
-Each is a preset of trainer/configs with flags, so that a user can type the command of a plan. The law names a recipe
-after the public runs that the preset follows.
+Each model is a preset of trainer/configs with flags, so that a user can type the command of a plan. In the law, a
+recipe has the name of the public runs that the preset follows.
 """
 
 import functools
@@ -18,7 +18,7 @@ from core.settings.training import PretrainConfig
 ROOT = Path(__file__).parents[2]
 CONFIGS = "trainer/configs"
 SIZES = ("124M", "254M", "350M", "774M", "1.5B")
-# Tokens per step above which tokens are wasted, by parameters (nanochat #850, 2026-09): 2^19 up to 350M, then 2^20.
+# Largest useful number of tokens per step (nanochat #850, 2026-09): 2^19 up to 350M parameters, and 2^20 above.
 _BATCH_CAPS = ((360e6, 1 << 19), (float("inf"), 1 << 20))
 RECOMPUTE_SPEED = 3 / 4  # computing activations again takes a third more work
 
@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def trained(self) -> float:
-        """Parameters in matrix products, in blocks and output layer. Tokens per parameter refer to this number."""
+        """The number of parameters in matrices of the blocks and the output layer. Tokens per parameter refer to it."""
         return float(matrix_parameters(self.settings.model))
 
     @property
@@ -57,7 +57,7 @@ class Candidate:
 class Fit:
     """Settings with which a candidate fits a GPU.
 
-    `flags` are the flags to add, `speed` is the share of the speed that remains.
+    `flags` are added to the candidate's flags. `speed` is the share of the candidate's speed that remains.
     """
 
     settings: PretrainConfig
@@ -65,8 +65,8 @@ class Fit:
     speed: float
 
 
-# Preset, its name in the law, and the flags of each size. The speedrun recipe was published at 124M only: the larger
-# ones keep its rates and its heads of 128, and were not tuned. 52 x 1536 is the shape of the public 1.5B runs.
+# Layers and width of the speedrun recipe by size. The recipe was published at 124M only. Larger sizes keep its learning
+# rates and its head size of 128, and were not tuned. 52 x 1536 is the shape of the public 1.5B runs.
 _SPEEDRUN = {"124M": (12, 768), "254M": (12, 1024), "350M": (24, 1024), "774M": (36, 1280), "1.5B": (52, 1536)}
 _GPT2 = {"124M": "gpt2-124m", "350M": "gpt2-350m", "774M": "gpt2-774m", "1.5B": "gpt2-1.5b"}
 RECIPES = {"speedrun": "track3-muon", "gpt2": "gpt2-adamw"}
@@ -90,7 +90,7 @@ def _candidates() -> Iterator[Candidate]:
 def _candidate(recipe: str, size: str, preset: str, flags: tuple[str, ...]) -> Candidate:
     config = f"{CONFIGS}/{preset}.yaml"
     flags = (*flags, "--batch.micro_batch_size=0")
-    places = ["--run.url=plan", "--data.url=plan"]  # a plan uses neither data nor a run
+    places = ["--run.url=plan", "--data.url=plan"]  # required settings, which a plan does not use
     settings = loader.load(PretrainConfig, [str(ROOT / config), *flags, *places], {})
     return Candidate(recipe, RECIPES[recipe], size, config, flags, settings)
 
@@ -118,10 +118,7 @@ def fit(candidate: Candidate, gpu: str, world: int) -> Fit | str:
 
 
 def known_to(found: law.Law) -> dict[str, str]:
-    """A line about each recipe that can be planned.
-
-    It holds the recipe's multiplier and the source of the multiplier.
-    """
+    """A line about each recipe that can be planned: its multiplier, and the runs that the multiplier comes from."""
     lines = {}
     for recipe, name in RECIPES.items():
         known = found.recipes[name]

@@ -3,9 +3,9 @@
     fitted, said = refit(law.load(), runs)
 
 The loss of a run differs from the law for two reasons. First, the run's tokens are another set of texts. This shifts
-the losses of all runs on one set by the same offset. Second, the multiplier k of the recipe has an error. Both are
-estimated together by least squares, and the expected size of both errors is given in advance. One run alone mostly
-moves the offset of its set. Several recipes on one set show how their multipliers differ from those of the public runs.
+the losses of all runs on one set by the same offset. Second, the multiplier k of the recipe has an error. Offsets and
+multipliers are fitted together by least squares, with an expected size for each (SET_ERROR, K_ERROR). One run alone
+mostly moves the offset of its set. Runs of several recipes on one set also move the multipliers of these recipes.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from core.settings import loader
 from costs.plan import recipes
 from costs.plan.recipes import Candidate
 
-# Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of the offset of another set of
-# texts.
+# RUN_ERROR: error of the law for one run, in nats (bench/results/2026-11-30-fit-loss.json). SET_ERROR: expected size of
+# the offset of another set of texts, in nats.
 RUN_ERROR, SET_ERROR = 0.0104, 0.5
-# The error of the logarithm of k. For a run of three billion tokens it equals 0.015 nats, the law's error for a recipe
-# at its own sizes.
+# The expected error of the logarithm of k. For a run of three billion tokens, it equals 0.015 nats, which is the law's
+# error for a recipe at the model sizes of its public runs.
 K_ERROR = 0.15
 ROUNDS = 5  # rounds of linearization
 
@@ -54,7 +54,7 @@ class Refit:
 
 
 def own_run(run: Run) -> OwnRun | None:
-    """The run as evidence for the law. None if the run is unfinished, or does not have the recipe of a plan."""
+    """The run as a data point of the fit. None if the run is unfinished, or does not have the recipe of a plan."""
     ended = run.segments[-1].end if run.segments else None
     losses, trained = run.points("eval"), run.points("train")
     candidate = _candidate(run.config)
@@ -84,7 +84,7 @@ def _candidate(config: Mapping[str, object]) -> Candidate | None:
 
 
 def refit(law: Law, runs: Sequence[OwnRun]) -> Refit:
-    """The law with the multipliers that own runs suggest, and the offsets of their sets."""
+    """The law with multipliers that were fitted to the user's runs, and the offsets of the runs' token sets."""
     if not runs:
         return Refit(law, {})
     sets = list(dict.fromkeys(each.data for each in runs))

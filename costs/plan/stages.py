@@ -13,7 +13,7 @@ ONCE = {EVALUATION: "sky/evaluate.yaml", EXPORT: "sky/export.yaml"}
 
 
 def beside(catalog: Catalog, assume: Assumptions, is_prepared: bool = False) -> Mapping[str, Line]:
-    """Dollars of machines by stage, each on the cheapest offer that fits its task.
+    """Dollars of machines by stage. Each stage uses the cheapest offer that fits its task.
 
     A stage is left out if the catalog has no price for its machines.
     """

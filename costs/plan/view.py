@@ -18,7 +18,7 @@ from costs.plan.refit import Refit
 from costs.tables import Sheet
 
 ROWS = 3
-# Names of the phases of costs/forecast.py for a reader who does not know the documents.
+# The names of a plan's parts as tables print them, for a reader who does not know the documents.
 PARTS = {
     "provision": "start of the machine",
     "image": "container image",
@@ -37,7 +37,7 @@ PARTS = {
     EXPORT: "export",
     RESERVE: "reserve, spent only if needed",
 }
-# Machines without a separate target are launched by `make pretrain TASK=…`.
+# A task that is not in this table is launched by `make pretrain TASK=…`.
 _TARGETS = {"pretrain-8xa100": "make pretrain", "pretrain-8xa100-spot": "make pretrain-spot"}
 
 
@@ -116,7 +116,7 @@ def _seen(machine: Machine, today: date) -> str:
 
 
 def bill(answer: Answer, today: date) -> Sheet:
-    """A table of each plan's machine and model, and of its dollars by line, which add up to the sum."""
+    """A table with a column per plan: prices of its machine, next best model, and dollars by part with their sum."""
     shown = answer.plans[:ROWS]
     columns = [_rounded(each) for each in shown]
     others = [answer.others.get(each.machine.name) for each in shown]
@@ -146,11 +146,11 @@ def refusals(answer: Answer) -> list[str]:
     return [f"{'; '.join(what)}: {why}" for why, what in by_reason.items()]
 
 
-LEGEND = 3  # the first notes explain the columns, and how old the prices are
+LEGEND = 3  # number of notes at the beginning that explain the columns and the prices
 
 
 def notes(answer: Answer, found: Law, prices: str, today: date) -> list[str]:
-    """Notes on how far to trust the figures. The first LEGEND of them explain the table of plans.
+    """Notes on how far to trust the figures. The first LEGEND notes explain the table of plans.
 
     `prices` is the source of the prices.
     """
