@@ -305,7 +305,7 @@ def test_the_money_decides_and_a_kill_in_the_cooldown_changes_no_bit(data_url: s
     code, output = life(2, MAX_USD="40")
     assert code == 0, output
     assert int(re.search(r"resumed from step (\d+)", output)[1]) >= plan.step
-    assert f"annealed over {plan.steps} steps; the checkpoint of step {plan.step}, before them, is kept" in output
+    assert f"annealed over {plan.steps} steps; the checkpoint before the cooldown, step {plan.step}, is kept" in output
     assert course.read(RunFolder(run_url)) == [plan]
     assert {plan.step, plan.end} <= set(launching.completed(run_url))
     assert spent_usd_at_most(run_url) <= 40

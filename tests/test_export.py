@@ -77,7 +77,7 @@ def test_the_model_card_says_what_the_run_has_recorded(run_url, tmp_path):
     assert rest.startswith("\n# first\n")
     parameters = sum(tensor.numel() for tensor in opened.model.parameters()) - 47 * 32
     assert f"GPT2LMHeadModel, {parameters:,} parameters, float32" in card
-    assert "47 rows that padded it in training are removed" in card
+    assert "47 rows that padded the vocabulary are removed" in card
     assert "40 steps, 40,000 tokens" in card
     # Steps 21 to 30 were done twice: the later one counts; what came after step 40 belongs to another checkpoint.
     assert f"| 40 | {10 - 4 - 0.021:.4f} |  |" in card

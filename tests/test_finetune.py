@@ -89,7 +89,7 @@ def test_adapters_train_alone_resume_and_open_as_a_plain_model(pretrained, rows,
     straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
     adapters = ["--lora.rank=4", "--optimizer.lr=3e-2"]
     output = tuning.run_alone(MODULE, *flags_of(pretrained, rows, straight, *adapters))
-    assert "of which 4,096 train" in output
+    assert "of which 4,096 are trained" in output
     assert_learned(straight, 0.5)
     process = tuning.start_alone(MODULE, *flags_of(pretrained, rows, killed, *adapters))
     tuning.kill_after(process, killed, 6)

@@ -37,7 +37,7 @@ class Spent:
 @pytest.mark.parametrize(
     ("idle", "cap_at", "minutes", "code", "why"),
     [
-        (0.0, 0.0, 0.0, CAPPED, "at most $4.99 of $5 spent; serve on with a larger max_usd"),
+        (0.0, 0.0, 0.0, CAPPED, "at most $4.99 of $5 spent; to continue, set a larger max_usd"),
         (61.0, math.inf, 1.0, 0, "1 minutes without a request"),
     ],
 )

@@ -2,8 +2,8 @@
 
     python -m trainer.chat s3://bucket/runs/first
 
-Reads a run's newest checkpoint, one checkpoint, or a public model. /help lists the commands. If input comes from a
-pipe, each line gets one answer. `python -m trainer.serve` offers the same chat on a web page.
+The argument is a run (its newest checkpoint is used), a checkpoint, or a public model. /help lists the commands. If
+input comes from a pipe, each line gets one answer. `python -m trainer.serve` offers the same chat on a web page.
 """
 
 import os

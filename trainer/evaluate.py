@@ -4,9 +4,9 @@
     torchrun --nproc-per-node=8 -m trainer.evaluate s3://bucket/runs/first/checkpoints/step-00001000
 
 A model is a run (its newest checkpoint), a checkpoint, a folder in Hugging Face's format, gpt2 ... gpt2-xl or
-hf:OWNER/NAME. The default is RUN_URL. Reads the dataset that the first run was trained on. Writes results and a ledger
-below RUN_URL/evaluations/ (docs/formats.md) and prints a table. Stored results are not measured again; an interrupted
-evaluation continues where it stopped. The scores do not depend on the number of ranks.
+hf:OWNER/NAME. The default is RUN_URL. The dataset is the one that the first run was trained on. The program writes
+results and a ledger below RUN_URL/evaluations/ (docs/formats.md) and prints a table. Stored results are not measured
+again, and an interrupted evaluation continues where it stopped. The scores do not depend on the number of ranks.
 """
 
 from core import stop
@@ -134,10 +134,7 @@ def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evalua
 
 
 def unique_name(name: str, taken: Mapping[str, object]) -> str:
-    """A heading for the table: the last part of the URL.
-
-    If another model has this heading already, it is the whole name.
-    """
+    """A heading for the table: the last part of the model's URL, or the whole URL if the last part is taken."""
     short = name.rstrip("/").rpartition("/")[2]
     return short if short not in taken else name
 

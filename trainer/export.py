@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def export(where: str, target: str, settings: ExportConfig, segment: SegmentLog) -> None:
-    """Store and publish the model. An empty `target` is a folder of the run, which may hold a part of this export."""
+    """Store and publish the model. If `target` is empty, begin or continue an export in the model's run."""
     import torch
 
     from trainer.weights import folder

@@ -2,7 +2,7 @@
 
     python -m trainer.generate s3://bucket/runs/first --prompt="Once upon a time" --max_tokens=64 --samples=3
 
-Reads a run's newest checkpoint, one checkpoint, or a public model. Prints to standard output.
+The argument is a run (its newest checkpoint is used), a checkpoint, or a public model. The texts go to standard output.
 """
 
 import json

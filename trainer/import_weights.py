@@ -2,10 +2,10 @@
 
     python -m trainer.import_weights gpt2 s3://bucket/runs/from-gpt2 trainer/configs/gpt2-124m.yaml
 
-Reads DATA_URL's manifest (or --data.url). Writes RUN_URL/checkpoints/step-00000000 and prints the settings of the
-weights. trainer.train continues from this checkpoint with the same settings. Evaluation and export accept it like any
-other checkpoint. The weights determine the model's settings, except dropout, document_mask and init. All other settings
-can be chosen.
+The program reads the manifest of DATA_URL (or of --data.url), writes RUN_URL/checkpoints/step-00000000 and prints the
+model settings of the weights. With the same settings, trainer.train continues from this checkpoint. Evaluation and
+export accept it like any other checkpoint. The weights determine the model's settings, except dropout, document_mask
+and init. All other settings can be chosen.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     data = manifest.read(data_url)
     folder = write_first_checkpoint(settings, trained.model, trained.name, data.fingerprint)
     print(f"{folder}: {trained.model.parameter_count():,} parameters of {trained.name}")
-    # A config file may override a default, so all settings are printed if one is given.
+    # A config file may override a default, so all settings are printed if a file is given.
     shown = [flag for flag, (key, value) in zip(sizes, sized, strict=True) if files or value != defaults[key]]
     print(f"train with the settings given here, --run.url={run_url} and")
     print(" ".join(shown))
@@ -79,7 +79,7 @@ def write_first_checkpoint(settings: PretrainConfig, model, origin: str, data_fi
     from trainer.checkpoint.blocks import StagedFile
     from trainer.optim.optimizer import BlockOptimizer
 
-    run_url, segment = settings.run.url, 0  # segments of a run count from 1
+    run_url, segment = settings.run.url, 0  # no segment stores this checkpoint; segments count from 1
     if storage.list_objects(run_url):
         raise RunError(f"{run_url}: holds objects already; give the import a new run.url")
     optimizer = BlockOptimizer(model, settings.optimizer, 0, 1)

@@ -2,11 +2,11 @@
 
     python -m trainer.metrics RUN_URL [RUN_URL ...] --csv|--json|--parquet [--out=FILE]
 
-Reads metrics and ledger of each run (core.run.measured). The columns are run, kind (train, eval, hellaswag, sample,
-norms), step, machine_seconds and usd of the run up to the record, time (Unix), and the fields of the records by name
-(docs/formats.md, Metrics). A step that a restart repeated has one row. A value that a record lacks, or that is not
-known, is empty in CSV and null in JSON and parquet. --json writes a list of objects. Without --out the table goes to
-standard output. Parquet needs pyarrow (the extra `prep`; `make setup` installs it).
+Reads metrics and ledger of each run (core.run.measured). The columns run, kind (train, eval, hellaswag, sample, norms)
+and step identify a record. machine_seconds and usd are the totals of the run up to the record, and time is Unix time.
+The other columns are the fields of the records (docs/formats.md, Metrics). A step that a restart repeated has one row.
+A value that is missing or not known is empty in CSV, and null in JSON and parquet. --json writes a list of objects.
+Without --out the table goes to standard output. Parquet needs pyarrow (the extra `prep`; `make setup` installs it).
 """
 
 import csv
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def as_csv(rows: Rows) -> bytes:
-    """CSV with a header line. Texts hold no terminal control codes and no formulas that a spreadsheet would run."""
+    """CSV with a header line, without terminal control codes and without formulas that a spreadsheet would run."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]) if rows else list(measured.LEADING), lineterminator="\n")
     writer.writeheader()

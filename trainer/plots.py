@@ -4,8 +4,8 @@
 
 Reads metrics and ledger of each run (core.run.measured). Writes five figures into --out: loss (over tokens, machine
 hours and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
-checkpoints) and norms. Also writes samples.md, with the text samples of each prompt by step. Skips a figure without
-data and logs its name. Needs matplotlib (the extra `plot`).
+checkpoints) and norms. Also writes samples.md, with the text samples of each prompt by step. A figure without data is
+skipped, and its name is logged. The figures need matplotlib (the extra `plot`).
 """
 
 import logging
@@ -226,7 +226,7 @@ def _norms(figure: Any, runs: Runs, smooth: float) -> bool:
         largest = [(p.step, max(v for v in p.values["largest_activations"] if v is not None)) for p in points]
         if largest:
             panels[1].plot(*zip(*largest, strict=True), color=colour, label=name)
-    panels[0].set(xlabel="step", ylabel="norm of update over norm of weights")
+    panels[0].set(xlabel="step", ylabel="norm of update / norm of weights")
     panels[1].set(xlabel="step", ylabel="largest activation of any block")
     for panel in panels:
         panel.set_yscale("log")

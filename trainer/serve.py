@@ -2,8 +2,9 @@
 
     python -m trainer.serve s3://bucket/runs/first
 
-Reads a run's newest checkpoint, one checkpoint, or a public model. Listens on loopback by default; any other address
-needs SERVE_API_KEY in the environment. Exits with 0 on SIGINT and SIGTERM, and after idle_minutes without a request.
+The argument is a run (its newest checkpoint is used), a checkpoint, or a public model. The server listens on loopback
+by default. Any other address needs SERVE_API_KEY in the environment. The server exits with 0 on SIGINT and SIGTERM, and
+after idle_minutes without a request.
 
 If RUN_URL is set, as on a rented machine, it is the default model. The server's time and dollars are then booked in a
 ledger below RUN_URL/serving, and the server exits with 34 before they exceed max_usd.
@@ -134,7 +135,7 @@ async def _end(stop: asyncio.Event, http, settings: ServeConfig, segment: Segmen
         except TimeoutError:
             pass
         if segment.cap and time.time() >= segment.cap.latest(LOOK_SECONDS):
-            return CAPPED, f"{segment.cap.describe()}; serve on with a larger max_usd"
+            return CAPPED, f"{segment.cap.describe()}; to continue, set a larger max_usd"
         if idle_seconds and http.idle_seconds() >= idle_seconds:
             return OK, f"{settings.idle_minutes:g} minutes without a request"
 

@@ -2,8 +2,9 @@
 
     python -m trainer.synthesize trainer/configs/tuning/synthesize.yaml --make.prompts=prompts.txt --run.url=...
 
-Reads a file of prompts. Writes calls, answers and the ledger below run.url, and the rows beside the token shards at
-make.url, where fine-tuning finds them. Started again it asks only for the answers that are missing. Needs no torch.
+The program reads a file of prompts. It writes calls, answers and the ledger below run.url. It writes the rows beside
+the token shards at make.url, where fine-tuning finds them. If the program is started again, it asks only for the
+answers that are missing. It needs no torch.
 """
 
 from core import stop

@@ -4,10 +4,10 @@
     python -m trainer.train trainer/configs/tuning/finetune-chat.yaml --start.weights=RUN --run.url=s3://bucket/runs/chat
     python -m trainer.train trainer/configs/tuning/dpo.yaml --start.weights=RUN --run.url=s3://bucket/runs/dpo
 
-Reads the data of the stage: token shards, or conversations or preferences as rows. Writes run.json, checkpoints,
-metrics and the ledger below run.url. The same command continues a run from its newest complete checkpoint, on any
-number of ranks. Exit codes: 0 when the run has reached its last step, 33 when it was asked to stop and saved, 34 when
-it has reached its cap on dollars, else 1.
+The program reads the data of the stage: token shards, or rows with conversations or preferences. It writes run.json,
+checkpoints, metrics and the ledger below run.url. The same command continues a run from its newest complete checkpoint,
+on any number of ranks. The exit code is 0 if the run has reached its last step, 33 if it was asked to stop and has
+saved, 34 if it has reached its cap on dollars, else 1.
 """
 
 from core import stop
@@ -26,7 +26,7 @@ from trainer.checkpoint import early
 
 USAGE = """torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]
 
---stage=finetune --help, dpo and distil list the settings of the other stages."""
+--stage=NAME --help lists the settings of another stage: finetune, dpo or distil."""
 
 
 def main(arguments: list[str]) -> int:
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(schema, USAGE))
         return OK
     settings = loader.load(schema, arguments, os.environ)
-    # Importing torch takes seconds. Wrong settings are refused before the import, and a checkpoint is fetched during
-    # it.
+    # Importing torch takes seconds. Wrong settings are refused before this import, and the checkpoint is fetched
+    # meanwhile.
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 

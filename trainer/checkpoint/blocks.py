@@ -1,8 +1,8 @@
 """Cuts tensors into row blocks, assigns the blocks to ranks, and lays them out as a safetensors file in memory.
 
 A block is a range of rows of one parameter, together with the optimizer state of these rows. Each rank owns blocks of
-about the same number of bytes. A checkpoint names its blocks ("wte.weight[0:25152]"), so that any number of ranks can
-read what any other number of ranks wrote.
+about the same number of bytes. A checkpoint names its blocks ("wte.weight[0:25152]"), so it can be loaded by another
+number of ranks than the number that wrote it.
 """
 
 import json
@@ -41,10 +41,10 @@ def assign_blocks(
 ) -> list[Block]:
     """Cut parameters into blocks of at most `max_elements` elements, and assign the blocks to ranks.
 
-    The largest block comes first, and each block goes to the least loaded rank. `rows_of` fixes the number of rows per
-    block for some parameters; such blocks may be larger than `max_elements`. `together` lists groups of blocks, each
-    block by name and first row. All blocks of a group get the same owner. The result depends only on the arguments, so
-    all ranks compute the same one.
+    Blocks are assigned from the largest to the smallest, each to the rank with the fewest elements so far. `rows_of`
+    fixes the number of rows per block for some parameters; such blocks may be larger than `max_elements`. `together`
+    lists groups of blocks, each block by name and first row. All blocks of a group get the same owner. The result
+    depends only on the arguments, so all ranks compute the same result.
     """
     first_of = {each: tuple(sequence[0]) for sequence in together for each in sequence}
     units: dict[tuple[str, int], list[tuple[int, str, int, int]]] = {}
@@ -69,7 +69,7 @@ def key_of(name: str, start: int, stop: int) -> str:
 
 
 def parse_key(key: str) -> tuple[str, int, int]:
-    """(name, start, stop) of NAME[START:STOP]. Raises ValueError for any other text."""
+    """Split NAME[START:STOP] into (name, start, stop). Raises ValueError for any other text."""
     match = _KEY.match(key)
     if not match:
         raise ValueError(f"{key!r} is not a row block")
@@ -98,7 +98,7 @@ class StagedFile:
         text += b" " * (-len(text) % 8)  # padding, so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # a new thread starts with the first GPU and would pin memory for it
+        if on_gpu:  # a new thread uses GPU 0 by default, and would pin the memory for GPU 0
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer.fill_(0)  # writing zeros allocates the memory pages now, not during the first save
@@ -110,7 +110,7 @@ class StagedFile:
 
     @torch.no_grad()
     def fill(self, blocks: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy the tensors into the buffer. Keys, shapes and dtypes must equal those given to the constructor."""
+        """Copy the tensors into the buffer. Keys, shapes and dtypes must be the same as in the constructor."""
         on_gpu = False
         for key, tensor in blocks:
             self._views[key].copy_(tensor, non_blocking=True)
@@ -124,9 +124,9 @@ class StagedFile:
 
 
 def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, as views of its bytes `data` (uint8). The library would copy them twice.
+    """The tensors of the safetensors file `data` (uint8), as views. The safetensors library would copy them twice.
 
-    Raises ValueError if `data` is not such a file.
+    Raises ValueError if `data` is not a safetensors file.
     """
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or start > len(data):

@@ -2,7 +2,7 @@
 
 A restart spends most of its time on the imports and on the transfer of the checkpoint. Neither depends on the other, so
 both run at the same time. This module does not import torch, and the trainer calls `start` before it imports torch.
-`load` uses a fetched file only if rank 0 chooses the same checkpoint. `load` compares the checksum of the file.
+`load_newest` uses a fetched file only if rank 0 chooses the same checkpoint and the file has the right checksum.
 """
 
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
-    """Returns the bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
+    """Returns the bytes of a payload file (uint8) and their XXH3-128 hash, which is computed during the transfer.
 
     Raises CheckpointError if the file is larger than this machine's memory.
     """
@@ -34,7 +34,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
 
 
 class EarlyFetch:
-    """Fetches files in the background: this rank's part of the newest complete checkpoint of a run."""
+    """Fetches this rank's files of a run's newest complete checkpoint in the background."""
 
     def __init__(self, run_url: str, rank: int, world: int):
         self._run_url = run_url
@@ -71,7 +71,7 @@ class EarlyFetch:
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin the fetch for the rank in torchrun's environment variables.
+    """Begin the fetch. The rank is read from torchrun's environment variables.
 
     If these variables are not set, this process is the only rank.
     """

@@ -1,8 +1,8 @@
 """Reads and writes the layout of checkpoints in storage. docs/formats.md describes each field.
 
-    RUN_URL/checkpoints/step-00000100/segment-000002-rank-00000-of-00002.safetensors   payload, one per rank
-    RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
-    RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
+    RUN_URL/checkpoints/step-00000100/segment-000002-rank-00000-of-00002.safetensors   (payload, one per rank)
+    RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json            (files, sizes, checksums, state)
+    RUN_URL/checkpoints/step-00000100/COMPLETE                                (marker, written last)
 
 The names of payloads and manifests contain the segment, so a replaced machine that still runs cannot mix its files with
 the files of its successor. The marker holds the name and the checksum of the manifest.
@@ -29,14 +29,14 @@ _MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
 _PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
 LISTINGS = 5
-# Pause before the second listing, in seconds; each further pause is twice as long, because the listings of some stores
-# lag.
+# Seconds before the second listing. Each further pause is twice as long: some stores list a new object only after a
+# while.
 PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class PayloadFile:
-    """One payload object: name below the checkpoint's folder, bytes, XXH3-128 of the whole object."""
+    """One payload object: its name in the checkpoint's folder, its size, and the XXH3-128 hash of its content."""
 
     name: str
     bytes: int
@@ -86,12 +86,12 @@ def stored(run_url: str) -> dict[int, dict[str, int]]:
 
 
 def restorable(run_url: str) -> dict[int, dict[str, int]]:
-    """Like `stored`, but misses no checkpoint, because it compares two listings.
+    """Like `stored`, but compares two listings, so that no checkpoint is missed.
 
     Raises CheckpointError for a step that only one listing shows, or for a step that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
-    # Another machine of this run may store or remove a checkpoint between the two listings.
+    # The listings may differ because another machine of this run stores or removes a checkpoint. So list again.
     for attempt in range(LISTINGS):
         if attempt and not storage.is_local(folder):
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -165,7 +165,7 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
 
 
 def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
-    """The manifest of a complete checkpoint. `sizes` holds the bytes of its objects by name (see `stored`).
+    """The manifest of a complete checkpoint. `sizes` maps the names of its objects to their sizes (see `stored`).
 
     Raises CheckpointError if an object is missing, damaged or of another size. Raises StorageError if the store does
     not answer.
@@ -205,10 +205,7 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
-    """The reason why this text is not a manifest of `step`, even if its checksum is right.
-
-    None if it is such a manifest.
-    """
+    """A mistake in the fields of the manifest of `step`, or None. The checksum does not show such a mistake."""
     for file in manifest.files:
         if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
             return f"{file.name!r} is not the name of a payload"
@@ -226,9 +223,9 @@ def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
     """Delete a checkpoint.
 
-    The marker is deleted first, so that a checkpoint with missing objects is never marked complete. If its folder is a
-    symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If the target belongs
-    to another run, only the link is removed.
+    The marker is deleted first, so that a checkpoint with missing objects is never marked complete. If the folder is a
+    symbolic link to a checkpoint of another run, only the link is removed. If it is a link to another folder, only
+    files with the names of checkpoint files are deleted there.
     """
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None
@@ -247,8 +244,7 @@ def to_remove(
     """The steps whose checkpoints are to be deleted.
 
     Of the complete checkpoints, three kinds are kept: the newest `keep`, those at multiples of `keep_every`, and those
-    of the steps in `kept`. All others are deleted. An incomplete checkpoint is deleted if a dead segment left it before
-    the newest complete step.
+    of the steps in `kept`. All others are deleted. An incomplete checkpoint is deleted if a later one is complete.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1

@@ -1,9 +1,9 @@
 """Finds the newest usable checkpoint and loads it, on any number of ranks.
 
-Rank 0 lists the candidates. Each rank reads its share of the files and broadcasts them, so each byte leaves the storage
-once. All ranks skip an incomplete or damaged checkpoint, name it in the log, and try the one before it. Loading fails
-if complete checkpoints exist but none can be used, or if a listing may hide a checkpoint. So a run never silently
-starts again from its beginning.
+Rank 0 lists the checkpoints. Each rank reads its share of the files and broadcasts them, so each byte is read from the
+storage once. An incomplete or damaged checkpoint is named in the log and skipped, and the next older checkpoint is
+tried. Loading fails if complete checkpoints exist but none can be used, or if a listing may hide a checkpoint. So a run
+never silently starts again from its beginning.
 """
 
 import functools
@@ -28,7 +28,7 @@ from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
-# Pauses in seconds; a listing that shows only removed checkpoints is repeated after each of them.
+# If a listing shows only checkpoints that were removed, the listing is repeated after each of these pauses (seconds).
 OLD_LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0)
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -44,7 +44,7 @@ class Restored:
 
 
 class Target(Protocol):
-    """An object that a checkpoint fills (trainer.optim.optimizer.BlockOptimizer)."""
+    """An object whose tensors are loaded from a checkpoint (trainer.optim.optimizer.BlockOptimizer)."""
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]: ...
     def shape_of(self, name: str) -> torch.Size: ...
@@ -71,7 +71,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         restored, sentence = _first_usable(run_url, found, target, ranks, early)
         if restored or not sentence:
             return restored
-        # A store's listings can lag and show only checkpoints that were removed meanwhile.
+        # An outdated listing may show only checkpoints that were removed meanwhile, so list again after a pause.
         if pause is None or not on_main(functools.partial(layout.vanished, run_url, found), ranks):
             raise CheckpointError(sentence)
         if ranks.is_main:

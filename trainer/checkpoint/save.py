@@ -1,8 +1,8 @@
 """Saves checkpoints: copies a snapshot to host memory, then uploads it in the background while training goes on.
 
-Each rank uploads its part of the state (its payload file) and reports it through the job's key-value store. Rank 0 then
-writes the manifest and, last, the marker. There is one staging buffer, so only one checkpoint at a time is in flight.
-While `busy` is true, the caller waits or saves later.
+Each rank uploads its part of the state (its payload file) and reports the upload through the job's key-value store.
+Rank 0 then writes the manifest and, last, the marker. There is one staging buffer, so only one checkpoint at a time is
+in flight. While `busy` is true, the caller waits or saves later.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ ROOM_SECONDS = 30.0
 
 
 class Saver:
-    """Saves the (key, tensor) pairs that `blocks()` returns on this rank. Each call returns the same keys and shapes.
+    """Saves the (key, tensor) pairs that `blocks()` returns on this rank, always with the same keys and shapes.
 
     `ledger` is None on all ranks but rank 0. `flush_log` stores the ledger and the metrics, and returns whether it
-    succeeded. Once `is_hurried()` is true, there will be no later checkpoint: a failed upload is repeated until it
+    succeeded. Once `is_hurried()` is true, there will be no later checkpoint. So a failed upload is repeated until it
     succeeds. `kept()` returns steps whose checkpoints are never removed.
     """
 
@@ -72,8 +72,7 @@ class Saver:
         self._blocks = blocks
         self._is_hurried = is_hurried
         self._kept_by_others = kept
-        # A thread allocates the buffer, because the allocation takes a while. Training need not wait for it; only the
-        # first checkpoint does.
+        # A thread allocates the buffer, because the allocation takes a while. Only the first checkpoint waits for it.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
@@ -83,7 +82,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
-        self.best_step: int | None = None  # the checkpoint of this step is never deleted for its age
+        self.best_step: int | None = None  # the checkpoint of this step is kept, however old it is
 
     @property
     def staged(self) -> StagedFile:
@@ -95,7 +94,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Wait for the save in flight, take a snapshot and store it in the background. All ranks call it together."""
+        """Wait for the save in flight, take a snapshot and store it in the background. All ranks call this together."""
         self.wait()
         self.cadence.saved()
         started = time.monotonic()
@@ -117,10 +116,10 @@ class Saver:
         return max(0.0, time.monotonic() - self._failing_since)
 
     def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
-        """Store the last checkpoint, which is the one of `step`. Failed attempts are repeated for at most `seconds`.
+        """Store the last checkpoint of this segment, at `step`. Failed attempts are repeated for at most `seconds`.
 
-        All ranks call it together. Returns once the checkpoint is stored or the time is over. On rank 0, `last_step`
-        shows whether it is stored.
+        All ranks call this together. It returns once the checkpoint is stored or the time is over. On rank 0,
+        `last_step` shows whether the checkpoint is stored.
         """
         self.wait()
         self._insist_until = time.monotonic() + seconds
@@ -169,7 +168,7 @@ class Saver:
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
         """Try once to store the checkpoint. Returns False if the attempt failed and should be repeated.
 
-        Raises an error that is final.
+        Raises the error if the attempt should not be repeated.
         """
         started = time.monotonic()
         try:
@@ -180,7 +179,7 @@ class Saver:
                 check_owner(RunFolder(self.run_url), self.segment)
                 if not self._flush_log():
                     raise CheckpointError(
-                        "the metrics and the ledger of its steps could not be stored, which must happen before"
+                        "the metrics and the ledger of its steps must be stored first, but could not be stored"
                     )
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
@@ -248,8 +247,8 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints to make room for the one of `step`.
 
-        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether a
-        checkpoint was deleted.
+        Keeps the newest complete checkpoint, the best checkpoint and the multiples of keep_every_steps. Returns whether
+        a checkpoint was deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -283,12 +282,11 @@ class Saver:
 
 
 class Cadence:
-    """Decides when to save: every `every_steps` steps, or as often as costs least. Rank 0 uses it.
+    """Decides on rank 0 when to save: every `every_steps` steps, or at the interval that wastes the least time.
 
-    Young (1974) and Daly (2006) give the interval that wastes the least time. If a save blocks training for C seconds,
-    and failures come every M seconds on average, this interval is sqrt(2 C M). `max_lost_seconds` is an upper limit: a
-    machine that is lost without notice loses the work since the last snapshot. If the upload of that snapshot is still
-    in flight, the work before it is lost too.
+    This interval is sqrt(2 C M) if a save blocks training for C seconds, and failures come every M seconds on average
+    (Young 1974; Daly 2006). `max_lost_seconds` limits the work that is lost if a machine disappears without notice. The
+    lost work is the work since the last snapshot whose upload was complete.
     """
 
     def __init__(self, config: CheckpointConfig, now: float | None = None):
@@ -301,14 +299,14 @@ class Cadence:
         """Seconds between two snapshots, computed from the costs measured so far."""
         young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
         longest = self._config.max_lost_seconds - self._background
-        # Uploads do not overlap. If an upload takes more than half of `max_lost_seconds`, the next save begins when it
-        # ends.
+        # Uploads do not overlap. If an upload takes more than half of `max_lost_seconds`, the next save begins when the
+        # upload ends.
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`. If `every_steps` is set, the answer is yes at its multiples.
+        """Whether to save after `step`.
 
-        Otherwise it is yes if the next step would end too late.
+        If `every_steps` is set, save at its multiples. Otherwise, save if the next step would end after the interval.
         """
         if self._config.every_steps:
             return step % self._config.every_steps == 0

@@ -3,13 +3,13 @@
 A window whose shard is not on disk is read by its byte range of about 2 kB, and one request reads several windows that
 are close to each other. So the first batch needs no whole shard. After the first batch, one rank per node downloads
 whole shards in the order in which they are needed. It checks their SHA-256 and moves them into place, and all ranks of
-the node map the same files. If the folder would outgrow its bound, shards are removed. The shard that is needed last
-goes first. A rank that does not find a shard on disk reads byte ranges again. So the cache affects the speed and never
-the content.
+the node map the same files. If the folder would outgrow its bound, shards are removed, first the shard that is needed
+latest. A rank that does not find a shard on disk reads byte ranges again. So the cache affects the speed and never the
+content.
 
 Each boot of the machine has a separate folder. Shards are not flushed to the disk, because the page cache holds all
-written data until the machine stops. A power failure may truncate the files of an earlier boot, so files of an earlier
-boot are removed without being read.
+written data until the machine stops. A power failure may truncate the files of an earlier boot, so these files are
+removed without being read.
 """
 
 import logging
@@ -38,20 +38,20 @@ RANGE_READERS = 32
 PART_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
-# Seconds that a reader waits for a shard in download. Thousands of range reads would take longer than this wait.
+# Seconds that a reader waits for a shard that is being downloaded. Thousands of range reads would take longer.
 PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
-POLL_SECONDS = 0.5  # time between two checks of which shards are needed; a check costs one stat per shard
+POLL_SECONDS = 0.5  # time between two searches for a missing shard; a search calls stat once per shard
 STALL_RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-STALL_SECONDS = 480.0  # shorter than the time-out of collectives, so that the error names the cause
+STALL_SECONDS = 480.0  # shorter than the time-out of collectives, whose error would not name the storage
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 except OSError:  # on other systems than Linux, all boots share one folder, and every shard is flushed to the disk
     BOOT = ""
 
-Window = tuple[int, int, int]  # shard, first token within it, row of the batch
+Window = tuple[int, int, int]  # the shard, the first token in the shard, and the row of the batch
 
 
 class ShardCache:
@@ -132,7 +132,7 @@ class ShardCache:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is on disk."""
-        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a check with Path takes four times as long
 
     def close(self) -> None:
         self._closed = True
@@ -204,7 +204,7 @@ class ShardCache:
         return found
 
     def _read_patiently(self, uri: str, ranges: list[tuple[int, int]]) -> Sequence[Buffer]:
-        """Read the ranges. If the storage does not answer, retry for at most STALL_SECONDS; other ranks wait."""
+        """Read the ranges. If the storage does not answer, retry for at most STALL_SECONDS while other ranks wait."""
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
@@ -214,12 +214,12 @@ class ShardCache:
             except StorageError as error:
                 if time.monotonic() > deadline or self._closed:
                     raise
-                log.warning("the storage stalls, waiting: %s", error)
+                log.warning("the storage does not answer, trying again: %s", error)
                 time.sleep(STALL_RETRY_SECONDS)
 
 
 class ReadAhead:
-    """Downloads the shards that are needed next. One instance per node.
+    """Downloads the shards that are needed next. Each node has one instance.
 
     `upcoming(count)` returns the numbers of these shards, the soonest first. Training mixes the windows of a group of
     shards and needs the whole group, so several shards are downloaded in parallel. The downloads begin when `start` is
@@ -273,10 +273,7 @@ class ReadAhead:
                     self._in_flight.discard(shard)
 
     def _claim(self) -> int | None:
-        """Choose the next shard to download, and make room for it.
-
-        It is the missing shard that is needed soonest and fits into the folder.
-        """
+        """Choose the missing shard that is needed soonest and fits into the folder, and make room for it."""
         with self._lock:
             budget = self.cache.limit_bytes
             soon = self._upcoming(READ_AHEAD_SHARDS)
@@ -323,7 +320,7 @@ class ReadAhead:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _make_room(self, soon: Mapping[Path, int]) -> None:
-        """Remove cached shards until the shards in flight fit. The shard that is needed last goes first."""
+        """Remove cached shards until the shards in flight fit, first the shard that is needed latest."""
         if self.cache.fits:
             return
         here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}

@@ -6,10 +6,10 @@ An example that is longer than a packed row is cut at its end. It is skipped if 
 the file is skipped if it has no answer or an unknown form; too many skipped rows are an error. Examples with the same
 question are all for training or all for validation.
 
-Examples are packed once, the longest first, each into the row with the least sufficient room (best fit; Krell et al.
-2021, "Efficient Sequence Packing without Cross-contamination"). An epoch visits the rows in a pseudo-random order,
-computed from (seed, epoch, number) like the order of windows in `trainer.data.order`. So no position is stored, and the
-rows of any step are found directly.
+Examples are packed once, the longest first. Each goes into the fullest row that still has room for it (best fit; Krell
+et al. 2021, "Efficient Sequence Packing without Cross-contamination"). An epoch visits the rows in a pseudo-random
+order, computed from (seed, epoch, number) like the order of windows in `trainer.data.order`. So the rows of any step
+can be computed, and no position is stored.
 """
 
 import bisect
@@ -60,7 +60,7 @@ class Texts:
         return np.diff(self.starts).tolist()
 
     def put(self, index: int, tokens: np.ndarray, targets: np.ndarray, place: int) -> int:
-        """Copy text `index` to position `place` of a row. Returns its end in the row."""
+        """Copy text `index` to position `place` of a row. Returns the position after the text."""
         part = slice(self.starts[index], self.starts[index + 1])
         end = place + int(part.stop - part.start)
         tokens[place:end], targets[place:end] = self.tokens[part], self.targets[part]
@@ -160,10 +160,7 @@ def _read(
 
 
 def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
-    """Three results: the path of the rows, the rows, and their fingerprint.
-
-    A line that is not JSON gives None as its row.
-    """
+    """The path of the rows, the rows, and their fingerprint. The row of a line that is not JSON is None."""
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -263,9 +260,9 @@ class NumberedBatches:
 
 
 def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
-    """The items at the places `numbers` of an endless order. Each epoch permutes all items anew.
+    """The items at the positions `numbers` of an endless sequence, in which each epoch is a new permutation.
 
-    Items and places count from 0.
+    Items and positions count from 0.
     """
     found = np.empty_like(numbers)
     epochs = numbers // items

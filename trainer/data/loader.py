@@ -41,8 +41,9 @@ class Batches:
     """Iterates without end over this rank's micro-batches, starting at step `first_step`, counted from 0.
 
     Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
-    of the steps in `skip`, counted from 1, are skipped, and later batches move up. If `is_leaving()` returns true
-    during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's micro-batches within a step.
+    of the steps in `skip`, counted from 1, are left out: each of these steps trains on the next batch. If
+    `is_leaving()` returns true during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's
+    micro-batches within a step.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        # The error is passed on, because the consumer must raise it and would otherwise wait forever.
+        # Pass the error to the consumer, which must raise it. Otherwise the consumer would wait forever.
         except Exception as error:
             self._put(error)
 

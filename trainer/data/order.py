@@ -1,13 +1,13 @@
-"""Maps sample numbers to windows of the token stream: a pure function, the same for any number of ranks.
+"""Maps sample numbers to windows of the token stream. The result does not depend on the number of ranks.
 
 The shards of a split, joined in their order, are one stream of N tokens. Window i holds the tokens [i T, i T + T].
-There are (N - 1) // T windows. Together they predict each token once, also at the first token of a shard. A window
+There are (N - 1) // T windows. They predict each token once, also where one shard ends and the next begins. A window
 belongs to the shard of its first token.
 
-An epoch visits the shards in a pseudo-random order, `shards_mixed` of them at a time, and the windows of such a group
-in a pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002, "Ciphers
-with arbitrary finite domains"). They are evaluated at any position in constant time. So any sample is found directly,
-and memory holds only a few numbers per shard.
+An epoch takes the shards in a pseudo-random order, in groups of `shards_mixed`. The windows of a group are mixed in a
+second pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002,
+"Ciphers with arbitrary finite domains"). The item at any position is computed in constant time, and memory holds only a
+few numbers per shard.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 
 from core.errors import DataError
 
-_ROUNDS = 4  # Luby & Rackoff 1988: four suffice for a strong pseudo-random permutation
+_ROUNDS = 4  # four rounds give a strong pseudo-random permutation (Luby & Rackoff 1988)
 _U64 = np.uint64
 _MASK64 = (1 << 64) - 1
 
@@ -31,7 +31,7 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key out of small integers (seed, epoch, purpose)."""
+    """A 64-bit key, computed from small integers (seed, epoch, purpose)."""
     key = 0
     for part in parts:
         key = (key ^ part) + 0x9E3779B97F4A7C15 & _MASK64
@@ -42,7 +42,7 @@ def derive_key(*parts: int) -> int:
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The numbers to which the keyed permutation of [0, size) maps `indices` (int64, each in [0, size))."""
+    """Apply the keyed permutation of [0, size) to `indices` (int64, each in [0, size))."""
     if size <= 1:
         return np.zeros_like(indices)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -64,8 +64,10 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Windows:
-    """The places of samples: shard, number of the window within the shard, and first token of the window within the
-    shard, each of shape (samples,), int64."""
+    """For each sample: its shard, the number of its window in the shard, and the window's first token in the shard.
+
+    Each array is int64 (samples,).
+    """
 
     shard: np.ndarray
     window: np.ndarray
@@ -87,13 +89,13 @@ class WindowOrder:
                 f"{where}: {self.starts[-1]} tokens are fewer than one window of {length} + 1; "
                 "prepare more data, or lower model.context"
             )
-        # First window of each shard: the smallest i with i T >= start; windows past the last full one do not exist.
+        # The first window of each shard is the smallest i with i T >= start. The last full window limits it.
         self.first_window = np.minimum(-(-self.starts // length), self.windows)
         self.shard_windows = np.diff(self.first_window)
         self._plans: dict[int, _EpochPlan] = {}
 
     def locate(self, samples: np.ndarray) -> Windows:
-        """Shard and window of each sample, by its global number (int64, from 0)."""
+        """The shard and window of each sample. `samples` are global sample numbers (int64, from 0)."""
         shard = np.empty_like(samples)
         window = np.empty_like(samples)
         epochs = samples // self.windows
@@ -132,7 +134,7 @@ class WindowOrder:
 
     def _plan(self, epoch: int) -> "_EpochPlan":
         # Two threads call this function, one for batches and one for read-ahead. This needs no lock: plans are
-        # immutable, and a plan that the other thread overwrites is computed once more.
+        # immutable, and if one thread drops the plan of the other, the plan is only computed again.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)
@@ -161,7 +163,7 @@ class _EpochPlan:
 
 
 def odd_part(number: int) -> int:
-    """The largest odd divisor of `number`: 12 → 3."""
+    """The largest odd divisor of `number`, such as 3 for 12."""
     return number // (number & -number)
 
 

@@ -2,10 +2,13 @@
 
     torchrun --nproc-per-node=8 -m trainer.distributed.preflight cuda ANSWER.json    (by launch/node/preflight.py)
 
-Rank 0 writes ANSWER.json with `libcuda`, the driver library in use; `all_reduce_gb_per_s`, the median bus bandwidth of
-some rounds, defined as in nccl-tests (bytes x 2(n-1)/n / time); and `peer_pairs`, the share of GPU pairs with direct
-access. A rank on which CUDA does not initialise writes `problem` instead and fails. A rank that computes a wrong sum
-fails too.
+Rank 0 writes these fields to ANSWER.json:
+
+    libcuda:               the driver library in use,
+    all_reduce_gb_per_s:   the median bus bandwidth of some rounds, as in nccl-tests (bytes x 2(n-1)/n / time),
+    peer_pairs:            the share of GPU pairs with direct access.
+
+A rank on which CUDA does not initialise writes only `problem` and fails. A rank that computes a wrong sum fails too.
 """
 
 from core import stop

@@ -23,17 +23,18 @@ from core.figures import counted
 
 T = TypeVar("T")
 
-# All ranks call a function of this kind together before each round of batches. To end a measurement, it raises
-# Abandoned on all ranks.
+# All ranks call a function of this kind together before each round of batches. To end a measurement, the function
+# raises Abandoned on all ranks.
 StopCheck = Callable[[], None]
 
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Seconds that a rank waits for the others. This is longer than the retries of the storage and a slow upload together.
+# The time that a rank waits for the others. It is longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
-# Seconds that a failed rank waits for the rank that reports the error. torchrun ends all ranks once one has ended.
+# Seconds that the other failed ranks wait while one rank reports the error, because torchrun ends all ranks once one
+# has ended.
 SAYING_SECONDS = 1.0
 
 
@@ -83,7 +84,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
     if cuda:
         torch.cuda.set_device(chosen)
     try:
-        if is_alone:  # this kind of store needs no port, which could be taken by another program
+        if is_alone:  # a HashStore needs no port, which another program could already use
             store, rank, world = dist.HashStore(), 0, 1
         else:
             store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -108,9 +109,9 @@ def start(device: str, setting: str = "train.device") -> Ranks:
 
 
 def _said_by_one(is_speaker: bool, message: str) -> Exception:
-    """The error to raise while the job does not exist yet.
+    """The error to raise before the ranks have met: ConfigError on the rank that speaks, PeerFailed on the others.
 
-    The ranks cannot agree at that time on the rank that reports an error.
+    Before the ranks have met, they cannot agree on the rank that reports the error.
     """
     if is_speaker:
         return ConfigError(message)
@@ -129,7 +130,7 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
     Uses no collective, because a rank that has failed elsewhere would never join it.
     """
-    with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
+    with contextlib.suppress(dist.DistError):  # raised if the time is over or torchrun has ended the key-value store
         ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 

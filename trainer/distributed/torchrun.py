@@ -1,10 +1,10 @@
-"""Runs torchrun so that the error of a failed worker is the last line of the output.
+"""Runs torchrun without the traceback of torchrun, which would hide the error of a failed worker.
 
     python -m trainer.distributed.torchrun --nproc-per-node=8 -m trainer.train CONFIG
 
-After a failure, plain torchrun prints a traceback of torchrun itself below the worker's error. This process ends when
-the launcher that started it ends, and the workers end when this process ends (PARENT_PID, core.stop). On SIGTERM, this
-process ends. If it has workers, it first forwards the signal to them, and it exits with 143.
+After a failure, plain torchrun prints this traceback below the worker's error. This process ends when the launcher that
+started it ends, and the workers end when this process ends (PARENT_PID, core.stop). On SIGTERM, this process forwards
+the signal to its workers and exits with 143. If it has no workers yet, it just ends.
 """
 
 from core import stop

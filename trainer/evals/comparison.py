@@ -2,7 +2,7 @@
 
     write({"first": {"perplexity": {"perplexity": 31.2}}, "gpt2": {...}}, "comparison.svg")
 
-Needs matplotlib for charts, which the extra `plot` installs.
+A chart needs matplotlib, which the extra `plot` installs.
 """
 
 import json
@@ -18,7 +18,7 @@ BAR_INCHES, PANEL_INCHES = 0.45, 3.2
 
 
 def check(out: Sequence[str]) -> None:
-    """Called before the measurements. Raises ConfigError for a chart that cannot be drawn or a missing folder."""
+    """Raises ConfigError if the folder of a file does not exist, or if a chart needs matplotlib and it is missing."""
     for file in out:
         if not Path(file).expanduser().absolute().parent.is_dir():
             raise ConfigError(f"out: {file}: its folder does not exist; create it first")
@@ -36,10 +36,7 @@ def write(scores: Scores, file: str) -> None:
 
 
 def panels(scores: Scores) -> dict[tuple[str, str], dict[str, float]]:
-    """The values to draw. The result maps (task, metric) to the values by model.
-
-    Metrics that no model has are left out.
-    """
+    """The values to draw. The result maps (task, metric) to the values by model."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for task in dict.fromkeys(task for tasks in scores.values() for task in tasks):
         metrics = dict.fromkeys(metric for tasks in scores.values() for metric in tasks.get(task, {}))
@@ -51,7 +48,7 @@ def panels(scores: Scores) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def draw(scores: Scores, path: Path) -> None:
-    """A bar per model in each panel, with its value and its standard error if the task has one."""
+    """Draw one panel per task and metric, with one bar per model. The standard error is drawn if the task has one."""
     drawn = panels(scores)
     size = (1.5 + PANEL_INCHES * len(drawn), 1.5 + BAR_INCHES * len(scores))
     figure = _figure_class()(figsize=size, layout="constrained")

@@ -1,8 +1,8 @@
-"""Finds the items of an evaluation set that occur in the training text, by common runs of tokens.
+"""Finds the items of an evaluation set that occur in the training text.
 
 An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown et
 al. 2020, appendix C). Each rank reads its share of the shards, one at a time. A rank holds in memory one shard, one
-number per token of the set, and a table of 16 MB. Runs that cross the boundary of two shards are not found.
+number per token of the set, and a table of 16 MB. A match that crosses the boundary of two shards is not found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ def seen(
 
 
 def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
-    """A 64-bit polynomial hash of each `run` consecutive tokens, (T - run + 1,), computed by doubling."""
+    """64-bit polynomial hashes of all sequences of `run` tokens, shape (T - run + 1,), computed by doubling."""
     if len(tokens) < run:
         return np.empty(0, np.uint64)
     done = 0
@@ -97,6 +97,6 @@ def _places(values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(tokens: np.ndarray, run: int) -> Iterator[np.ndarray]:
-    """Chunks that overlap. Each run of consecutive tokens is within one of the chunks."""
+    """Overlapping chunks. Any `run` consecutive tokens are within one of the chunks."""
     for first in range(0, len(tokens), CHUNK_TOKENS):
         yield tokens[first : first + CHUNK_TOKENS + run - 1]

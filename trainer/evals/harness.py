@@ -1,4 +1,4 @@
-"""Runs tasks of lm-evaluation-harness on our models through its model interface. Needs `pip install lm-eval`.
+"""Runs tasks of lm-evaluation-harness on our models, as a model class of the harness. Needs `pip install lm-eval`.
 
 Every rank builds the same requests and computes its share. All ranks receive all answers and the same scores.
 """
@@ -37,7 +37,7 @@ except ImportError as error:
 
 log = logging.getLogger("evaluate")
 
-NEW_TOKENS = 256  # length of a text if the task sets no limit, as in the harness
+NEW_TOKENS = 256  # most tokens of a generated text if the task sets no limit, as in the harness
 # This number is part of a result's identity. Raise it when the meaning of options or seeds changes, so that old results
 # are not reused.
 SAMPLING = 2
@@ -91,7 +91,7 @@ def run(
             trained.name,
         )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    # The harness needs half a minute to index its own tasks. They are skipped if the task is in the user's folder.
+    # The harness needs half a minute to index its own tasks. If the task is in the user's folder, no index is needed.
     tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if tasks is None or not tasks.match_tasks([task]):
         tasks = _all_tasks(folder)
@@ -201,10 +201,10 @@ class HarnessModel(TemplateLM):
 
 
 def seeds_of(requests) -> list[int]:
-    """One seed per request.
+    """One seed per request. The seeds are the same on every rank.
 
-    It is computed from the task, the place in the task and the number of the repeat, so it is the same on every rank.
-    For a task with `repeats`, the harness passes the same request several times.
+    A seed is computed from the task, the place in the task and the number of the repeat. For a task with `repeats`, the
+    harness passes the same request several times.
     """
     seen: Counter[str] = Counter()
     seeds = []

@@ -1,8 +1,8 @@
 """Scores HellaSwag (Zellers et al. 2019) as lm-evaluation-harness does. Each item is a choice between four endings.
 
-The answer is the ending with the largest log-likelihood, as a sum (`accuracy`, the harness's acc) or per character of
-the ending (`accuracy_norm`, its acc_norm). Texts are formatted as in the harness. The items come from
-DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
+For `accuracy` (acc in the harness), the answer is the ending with the largest log-likelihood. For `accuracy_norm`
+(acc_norm), the log-likelihood is divided by the characters of the ending. Texts are formatted as in the harness. The
+items come from DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
 The style "llm.c", which build-nanogpt uses too, takes the field `ctx` without activity label and cleaning. It divides
 the log-likelihood by the number of tokens. For GPT-2 124M, this style gives 29.5 %, and the harness's style gives 31.1
@@ -73,12 +73,12 @@ class HellaSwag:
         precision: str = "auto",
         style: str = "harness",
     ):
-        """`items` are rows with the published fields. Raises DataError for a malformed row."""
+        """`items` are rows of the published data set. Raises DataError for a malformed row."""
         self._ranks = ranks
         self._precision = precision
         self._requests: list[ScoringRequest] = []
         self._labels: list[int] = []
-        self._lengths: list[list[int]] = []  # each log-likelihood is divided by its divisor to normalise it
+        self._lengths: list[list[int]] = []  # divisors that normalise the log-likelihoods, for each ending of an item
         for number, item in enumerate(items):
             try:
                 label = int(item["label"])
@@ -115,7 +115,7 @@ class HellaSwag:
 
 
 def check(items: Sequence[Mapping[str, Any]]) -> None:
-    """Checks an item without encoding it. Raises DataError if it is malformed."""
+    """Checks the items without encoding them. Raises DataError if an item is malformed."""
     for number, item in enumerate(items):
         try:
             _, endings, label = text_of(item)
@@ -161,7 +161,7 @@ def request_of(context: str, continuation: str, encoding) -> ScoringRequest:
 
 
 def clean(text: str) -> str:
-    """Removes WikiHow's marks from a text, as the harness does."""
+    """Removes WikiHow's marks, such as [title], from a text, as the harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

@@ -1,7 +1,7 @@
 """Computes log-likelihoods of continuations on any number of ranks.
 
-Requests are sorted by length and cut into batches before the ranks share them. So each request is in the same batch and
-gets the same result on any number of ranks.
+Requests are sorted by length and cut into batches, and then the batches are divided among the ranks. So each request is
+in the same batch and gets the same result on any number of ranks.
 """
 
 import contextlib
@@ -53,8 +53,9 @@ def likelihoods(
     """One result per request, in the order of the requests. The results are the same on all ranks.
 
     A request that exceeds the model's context is truncated on the left, as in lm-evaluation-harness. `partial` holds
-    the results of earlier attempts; their keys begin with `part`. `title` heads a progress bar. In a round, each rank
-    computes one batch. `check_stop` is called before each round. Raises TrainingError if a result is not finite.
+    the results of earlier attempts; the keys of these results begin with `part`. `title` is the title of the progress
+    bar. In a round, each rank computes one batch, and `check_stop` is called before each round. Raises TrainingError if
+    a result is not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
     order = sorted(range(len(windows)), key=lambda index: (-len(windows[index].context), index))
@@ -93,7 +94,7 @@ def likelihoods(
 
 
 def cut(request: ScoringRequest, context: int) -> ScoringRequest:
-    """The last `context` + 1 tokens. The model predicts the very last one but does not read it."""
+    """Keep the last `context` + 1 tokens. The model predicts the last token but does not read it."""
     continuation = request.continuation[-context:]
     room = context + 1 - len(continuation)
     return ScoringRequest(request.context[-room:], continuation)

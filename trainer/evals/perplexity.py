@@ -93,14 +93,14 @@ def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))
-        # `with_start` is shifted by one: `with_start[first]` is the token before `document[first]`, the first one to
-        # predict.
+        # `document[first]` is the first token to predict. `with_start` is shifted by one, so `with_start[first]` is the
+        # token before it.
         begin = max(0, last - context)
         yield ScoringRequest(with_start[begin : first + 1], document[first:last])
 
 
 def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents between end-of-text tokens. The last one may be cut off at the end of `tokens`."""
+    """The documents between end-of-text tokens. The last document may be cut off at the end of `tokens`."""
     for piece in np.split(tokens, np.flatnonzero(tokens == GPT2_END_OF_TEXT)):
         document = piece[1:] if len(piece) and piece[0] == GPT2_END_OF_TEXT else piece
         if len(document):

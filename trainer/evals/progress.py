@@ -2,11 +2,11 @@
 
     with EvaluationLog(folder, settings, ranks) as log:
         with log.phase("eval"), PartialResults(f"{folder}/partial/perplexity-01ab", ranks, log.check_cap) as partial:
-            partial.found        # by key, of all earlier attempts
+            partial.found        # the results of all earlier attempts, by key
             partial.add({"17": [-12.5, False]})
 
-RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". The
-ledger of the training is not used, because a new segment there would stop the machine that trains the run.
+RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". A
+new segment in the ledger of the training would stop the machine that trains the run.
 """
 
 import logging

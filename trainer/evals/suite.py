@@ -1,8 +1,8 @@
 """Defines the tasks that measure a model, and stores their results in the model's run.
 
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     0123abcd: hash of all settings that define the result
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
-    RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     (0123abcd: hash of settings that define the result)
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   (the same task, measured once more)
+    RUN_URL/evaluations/step-00001000/partial/                    (partial results of unfinished tasks)
 
 The hash covers the task's `identity`. So two results are comparable if their objects have the same name, even for
 different models. The results are not in the folder of the checkpoint, because old checkpoints are deleted. An existing
@@ -50,7 +50,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The dataset at `url`. Each part of it is read only once."""
+    """The dataset at `url`. Each of its parts is read only once."""
 
     url: str
     ranks: Ranks
@@ -64,12 +64,12 @@ class EvaluationData:
         return on_main(lambda: manifest.read(self.url), self.ranks)
 
     def lacks(self, name: str) -> str:
-        """A sentence on how to store the set `name`, if the set is missing. Otherwise an empty text."""
-        self.manifest  # noqa: B018 (the access raises the error that says how to give data)
+        """If the set `name` is missing, a sentence that says how to store it. Otherwise an empty text."""
+        self.manifest  # noqa: B018 (the access raises an error if no data was given)
         return on_main(lambda: sets.missing(self.url, name), self.ranks)
 
     def hellaswag(self, count: int) -> list[dict[str, Any]]:
-        self.manifest  # noqa: B018 (the access raises the error that says how to give data)
+        self.manifest  # noqa: B018 (the access raises an error if no data was given)
         rows = on_main(lambda: sets.read(self.url, HELLASWAG), self.ranks)
         return rows[: count or len(rows)]
 
@@ -146,9 +146,9 @@ def _seen(
     identity,
     check: Callable[[], None],
 ) -> list[int]:
-    """Numbers of the items that occur in the training shards.
+    """The numbers of the items that occur in the training shards.
 
-    They are stored once for all models, because they depend on the data alone.
+    These numbers are stored once for all models, because they depend only on the data.
     """
     key = result_key("contamination", identity)
     found = on_main(lambda: find_result(home, key), ranks)
@@ -166,7 +166,7 @@ def _seen(
 def _harness(
     task: str, settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
 ) -> Measurement:
-    from trainer.evals import harness  # raises ConfigError where lm-eval is not installed
+    from trainer.evals import harness  # raises ConfigError if lm-eval is not installed
 
     name = task.removeprefix(LM_EVAL)
     identity = {
@@ -235,7 +235,7 @@ def _newest(folder: str) -> dict[str, dict[str, Any]]:
     for key, (_, name) in names.items():
         uri = storage.join(folder, name)
         try:
-            document = untrusted.read_json(uri, is_finite=False)  # the error of a single item is NaN
+            document = untrusted.read_json(uri, is_finite=False)  # the standard error of a single item is NaN
         except ValueError as error:
             log.warning("%s: left out, because it is not a result (%s)", uri, error)
             continue

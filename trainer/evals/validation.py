@@ -30,7 +30,7 @@ class ValidationLoss:
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
         rows = min(micro_batch_size, windows)
-        # The last batch is as large as the others, because torch would compile again for a smaller batch.
+        # All batches have the same size, because torch would compile again for a smaller last batch.
         self._count = windows // rows
         self.tokens = self._count * rows * length
         self._batches = []

@@ -20,7 +20,7 @@ from trainer.inference.engine import GenerationRequest, Piece
 from trainer.inference.sampling import changed
 from trainer.inference.terminal import Interrupt, Terminal
 
-CACHE_PROMPT = "The most important thing about"  # the line of /compare in an empty conversation
+CACHE_PROMPT = "The most important thing about"  # the line that /compare uses in an empty conversation
 CACHE_TOKENS = 64  # /compare generates at most this many new tokens
 
 
@@ -63,7 +63,7 @@ class Chat:
         self.failed = False
 
     def handle(self, line: str) -> bool:
-        """Handles one line. Returns False if the chat is to end. Errors are shown and do not end it."""
+        """Handles one line. Returns False if the chat is to end. An error is shown and does not end the chat."""
         try:
             if not line.strip():
                 return True
@@ -111,7 +111,7 @@ class Chat:
             self._terminal.note(f"{key} is {_shown(getattr(self._sampling, key))}")
 
     def do_compare(self, rest: str) -> None:
-        """[OTHER | off]: let another model answer beside this one, or stop that; alone: time the KV cache on and off"""
+        """[OTHER | off]: compare with another model, or stop comparing; no argument: time the KV cache on and off"""
         if not rest:
             self._compare_cache()
             return
@@ -165,7 +165,7 @@ class Chat:
             self._terminal.table(["run", "new tokens", "seconds", "tokens/s"], [*rows, ("mean", *_speed(*means))])
 
     def _compare_cache(self) -> None:
-        """Answer the newest line, else CACHE_PROMPT, with and without the KV cache, with the same sampling settings."""
+        """Answer the newest line, or CACHE_PROMPT if there is none, once with and once without the KV cache."""
         for session in self._sessions:
             lines = [each["prompt"] for each in session.texts]
             sampling = dataclasses.replace(

@@ -19,7 +19,8 @@ def choose(
 ) -> list[int]:
     """Returns one token id per row. `draws` are uniform in [0, 1); `seen` holds the ids in each row's text.
 
-    Modifies `logits_BV` (float32) where repetition is penalised. Raises TrainingError for logits that are not finite.
+    Modifies the rows of `logits_BV` (float32) that have a repetition penalty. Raises TrainingError if a logit is not
+    finite.
     """
     if not torch.isfinite(logits_BV).all():
         raise TrainingError("the model's logits are not finite; its weights are damaged or its training diverged")
@@ -74,11 +75,11 @@ def _softmax(logits_NC: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Te
 
 
 def _pick(p_NC: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
-    """Index (N,) at which the cumulative probability exceeds the row's draw. Its probability is above zero."""
+    """The first index (N,) at which the cumulative probability of a row exceeds its draw."""
     sums_NC = p_NC.cumsum(1)
     places_N = torch.searchsorted(sums_NC, _column(draws, sums_NC) * sums_NC[:, -1:], right=True)[:, 0]
-    # The product above can be rounded up to the last sum. In this case, the last index with a non-zero probability is
-    # taken.
+    # The product above can be rounded up to the last sum. So never pick an index after the last one whose probability
+    # is above zero.
     last_N = (sums_NC < sums_NC[:, -1:]).sum(1)
     return torch.minimum(places_N, last_N)
 

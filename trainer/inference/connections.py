@@ -1,7 +1,8 @@
 """Limits the time in which a request must arrive, and the number of open connections.
 
-aiohttp waits without a limit for the head of a connection's first request. Clients that never send it could take all
-file descriptors of the process. If there are too many connections, the one that has been silent for longest is closed.
+aiohttp waits without a limit for the head of a connection's first request. Clients that send nothing could take all
+file descriptors of the process. If there are too many connections, the connection that has been silent for longest is
+closed.
 """
 
 import asyncio
@@ -22,10 +23,7 @@ def most_connections() -> int:
 
 
 class Connections:
-    """Makes a protocol for each connection, as `loop.create_server` expects.
-
-    It wraps the protocols that `make` returns.
-    """
+    """Makes the protocol of each connection for `loop.create_server`: a wrapper of a protocol that `make` returns."""
 
     def __init__(
         self, make: Callable[[], asyncio.Protocol], head_seconds: float = HEAD_SECONDS, most: int | None = None
@@ -40,7 +38,7 @@ class Connections:
         return _Watched(self._make(), self)
 
     def heard(self, transport: asyncio.BaseTransport | None) -> None:
-        """The head of a request has arrived. From then on, aiohttp applies its own time limits to this connection."""
+        """The head of a request has arrived. From now on, aiohttp applies its own time limits to this connection."""
         if timer := self._silent.pop(transport, None):
             timer.cancel()
 
@@ -56,7 +54,7 @@ class Connections:
 
 
 class _Watched(asyncio.Protocol):
-    """Passes all events of a connection on."""
+    """Passes the events of a connection to `protocol`, and tells `connections` when it opens and closes."""
 
     def __init__(self, protocol: asyncio.Protocol, connections: Connections):
         self._protocol = protocol

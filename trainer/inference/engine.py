@@ -57,7 +57,7 @@ class Alternative(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A chosen token and the likeliest ones. Log-probabilities are in nats, before sampling settings apply."""
+    """A chosen token, and the likeliest tokens (`top`). Log-probabilities (nats) do not depend on sampling settings."""
 
     id: int
     data: bytes
@@ -66,7 +66,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Output of one step for one request. The end-of-text token is not part of it."""
+    """Output of one step for one request. `token` is None if the model chose the end-of-text token."""
 
     number: int
     text: str
@@ -251,7 +251,7 @@ class Engine:
         return min(self.context, -(-longest // ROOM_STEP) * ROOM_STEP)
 
     def _read_prompts(self, rows: Sequence[_Row]) -> tuple[KVCache, torch.Tensor]:
-        """Fills a new cache with the prompts. Returns it with the logits that follow each prompt, (B, V)."""
+        """Fills a new cache with the prompts. Returns the cache, and the logits (B, V) after each prompt."""
         lengths = [len(row.tokens) for row in rows]
         tokens_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         for index, row in enumerate(rows):

@@ -144,7 +144,7 @@ class ApiResponse:
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], request)
 
     def closing(self, request: ApiRequest, count: int) -> dict[str, Any]:
-        """The last event of a stream. It holds the usage, which is the numbers of tokens."""
+        """The last event of a stream. It holds `usage`, the numbers of tokens."""
         return self._event([], request) | {"usage": _usage(request, count)}
 
     def _event(self, choices: list[dict[str, Any]], request: ApiRequest) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
     turns = [_message(each) for each in messages]
-    # Clients send earlier turns back, including empty answers of the model. Training data has no empty turns, so they
-    # are left out.
+    # Clients send earlier turns back, including empty answers of the model. Training data has no empty turns, so empty
+    # answers are left out.
     said = [turn for turn in turns[:-1] if not _is_empty(turn)]
     said += [turn for turn in turns[-1:] if turn["role"] == "user" or not _is_empty(turn)]
     try:

@@ -20,7 +20,7 @@ def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str
 
 
 def load(schema: type, flags: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """Loads settings, with \\n and \\t in stop texts unescaped. Raises ConfigError."""
+    """Loads settings. In stop texts, \\n becomes a line break and \\t a tab. Raises ConfigError."""
     return _unescaped(loader.load(schema, flags, environment))
 
 
@@ -31,7 +31,7 @@ def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
 
 
 def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
-    """The sampling settings among all settings of a program, with `changes`."""
+    """The sampling settings out of all settings of a program, with `changes` applied."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}
     return Sampling(**fields | changes)
 

@@ -123,7 +123,8 @@ class HttpServer:
             self._used_at = time.monotonic()
 
     async def _answer(self, request: web.Request, chat: bool) -> web.StreamResponse:
-        # A browser sends JSON to another site only after a preflight request, which this server does not answer.
+        # A browser sends JSON to another site only after a preflight request. This server does not answer preflight
+        # requests, so web pages of other sites cannot use it.
         if request.content_type != "application/json":
             raise ApiError(415, f"the content type is {request.content_type}, must be application/json")
         try:

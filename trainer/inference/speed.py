@@ -1,6 +1,9 @@
 """Measures generation on this machine: tokens per second, memory, and the time that the KV cache saves.
 
-for found in measure_speed(engine): ... synthetic prompts of one length timed(engine, request) one text, by wall clock
+    for found in measure_speed(engine): ...     # the speed for synthetic prompts of one length
+    timed(engine, request)                      # the seconds for one text
+
+Each measurement uses a new engine on the same model.
 """
 
 import random
@@ -16,7 +19,7 @@ import torch
 from core.settings.inference import Sampling
 from trainer.inference.engine import Engine, GenerationRequest
 
-PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of synthetic prompts and answers
+PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of the synthetic prompts and of the answers, in tokens
 BATCH_SIZES = (1, 8)
 ROUNDS = 3
 PATIENCE_SECONDS = 60.0  # a batch size that would take longer is skipped
@@ -35,7 +38,7 @@ class Timed(NamedTuple):
 
 
 def timed(engine: Engine, request: GenerationRequest, caches: bool = True) -> Timed:
-    """Generate one text with a new engine. If `caches` is true, keys and values are kept and not computed again."""
+    """Generate one text with a new engine. If `caches` is false, the KV cache is not used."""
     fresh = Engine(engine.model, engine.encoding, engine.device, engine.precision, 1, caches)
     start = time.monotonic()
     [found] = fresh.complete([request])
@@ -67,8 +70,10 @@ class Memory(NamedTuple):
 
 
 def measure_speed(engine: Engine) -> Iterator[Speed]:
-    """Yields one result per batch size, the mean of ROUNDS rounds (fewer beyond PATIENCE_SECONDS), after a warm-up
-    round. Uses a separate engine on the same model."""
+    """Yields one result per batch size: the mean of ROUNDS rounds, or of those that begin within PATIENCE_SECONDS.
+
+    It begins with a warm-up round.
+    """
     prompt_tokens = min(PROMPT_TOKENS, engine.context // 2)
     new_tokens = min(NEW_TOKENS, engine.context - prompt_tokens)
     _round(engine, 1, prompt_tokens, new_tokens)
@@ -106,7 +111,7 @@ def _round(engine: Engine, batch_size: int, prompt_tokens: int, new_tokens: int)
         fresh.add(GenerationRequest(prompt, sampling, endless=True))
     start = time.monotonic()
     read = 0
-    while fresh.waiting:  # each step here processes prompts and waits for their tokens
+    while fresh.waiting:  # these steps process the prompts
         read += len(fresh.step())
     middle = time.monotonic()
     written = 0

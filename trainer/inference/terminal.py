@@ -1,4 +1,4 @@
-"""Displays a chat. On a terminal it has colours, columns and line editing. In a pipe it is plain text.
+"""Displays a chat: with colours, columns and line editing on a terminal, as plain text in a pipe.
 
 Answers go to standard output. In a pipe, notes and errors go to standard error.
 """
@@ -16,7 +16,8 @@ from rich.text import Text
 from core.errors import ConfigError
 
 REFRESHES_PER_SECOND = 10
-# C0, DEL and C1: a model's output must not control the terminal. Line breaks and tabs are allowed.
+# Control characters (C0, DEL and C1) are replaced, so that a model's output cannot control the terminal. Line breaks
+# and tabs are kept.
 _CONTROL = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 

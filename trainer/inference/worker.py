@@ -19,11 +19,11 @@ class Busy(Exception):
 
 
 class Failed(Exception):
-    """The model failed. The log has its error."""
+    """The model failed. The error is in the log."""
 
 
 class Worker:
-    """Passes requests to the engine's thread, and pieces of text back. Create and use it within one event loop."""
+    """Passes requests to the engine's thread and yields pieces of text. Create and use it within one event loop."""
 
     def __init__(self, engine: Engine, most_waiting: int):
         self._engine = engine
@@ -32,7 +32,7 @@ class Worker:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets = itertools.count()
         self._numbers: dict[int, list[int]] = {}  # for each ticket, the numbers of its requests in the engine
-        # For each number in the engine: ticket, position, queue.
+        # For the number of each request in the engine: its ticket, its position in the ticket, and the ticket's queue.
         self._sinks: dict[int, tuple[int, int, asyncio.Queue]] = {}
         self._open = 0  # requests in progress or waiting
         self._stopping = False

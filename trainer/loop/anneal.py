@@ -2,8 +2,8 @@
 
 The money that is left must pay for the cooldown, the last evaluation, the last checkpoint and the machine's shutdown.
 On spot it must also pay for one lost checkpoint interval and one restart. The cooldown begins when one more step would
-leave too little money. It begins earlier on request (`make anneal`), when the forecast loss of an immediate cooldown
-reaches train.target_loss, or when only the cooldown is left of train.steps.
+leave too little money. It begins earlier if `make anneal` requests it, if the forecast loss of an immediate cooldown
+reaches train.target_loss, or if the steps left of train.steps are only enough for the cooldown.
 
 The decision is stored in the run's course (core.run.course) before the cooldown's first step. A preemption or a higher
 price can take money that the cooldown needs. In this case the cooldown is shortened, at most once. A cooldown of less
@@ -36,7 +36,7 @@ SHORTEST = 0.10  # the shortest cooldown, as a share of the steps; 10 % are enou
 LATE = 0.25  # a re-plan waits until the money pays for at most this share of the cooldown (see `_replanned`)
 MARGIN = 1.02  # factor on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
-REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # share and number of the steps that a re-plan leaves unused
+REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # steps that a re-plan leaves unused: this share of them, and this number more
 RECENT_STEPS = 50
 LEAST_STEPS = 3  # measured steps before a decision
 LOOK_SECONDS = 10.0
@@ -89,7 +89,7 @@ class RequestWatch:
 
 
 class Annealer:
-    """Makes the decisions, on rank 0 between two steps. `failure` is set if another machine has taken over the run."""
+    """Decides on rank 0, between two steps. `failure` is set if another machine has taken over the run."""
 
     def __init__(
         self,
@@ -166,8 +166,9 @@ class Annealer:
     def _replanned(self, step: int) -> Change | None:
         """A shorter cooldown, if the money no longer pays for the rest of the current cooldown. Otherwise None.
 
-        A cooldown is re-planned at most once. A small shortage may come from noise in the pace. So the re-plan waits
-        until the money pays for at most half of the steps that are left, or for at most the share LATE of the cooldown.
+        A cooldown is re-planned at most once, and a small shortage may come from noise in the pace. So the re-plan
+        waits until the money pays for no more than a limit of steps. The limit is half of the steps that are left, or
+        the share LATE of the cooldown's steps if that is more.
         """
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         plan = schedule.cooldown
@@ -226,8 +227,8 @@ class Annealer:
     def _reserve(self, seconds: float, full: bool) -> float:
         """Seconds needed after the last step of the cooldown.
 
-        The shutdown is not included, because the cap reserves its time. If `full` is true and the machine is on spot,
-        one lost checkpoint interval is added. The cap reserves the time of a restart.
+        The shutdown and a restart are not included, because the cap reserves time for them. If `full` is true and the
+        machine is on spot, one lost checkpoint interval is added.
         """
         tokens = self._stage.settings.batch.tokens_per_step
         ending = self._evaluator.last_seconds(seconds / tokens) + SAFETY * self._saver.seconds()
@@ -258,7 +259,7 @@ def as_numbers(change: Change | None) -> tuple[float, float]:
 
 
 def from_numbers(step: int, numbers: Sequence[float]) -> Change | None:
-    """Decodes the numbers of `as_numbers`. The reason and the facts are not among them."""
+    """Decodes the numbers of `as_numbers`. The change then has no reason and no facts."""
     kind, steps = map(int, numbers)
     return Change(course.COOLDOWNS[kind - 1], step, steps) if kind else None
 
@@ -289,6 +290,6 @@ def describe_end(schedule: Schedule, reached: int, run_url: str, before: str = "
     if reached < schedule.end:
         return f"{before}{NOT_ANNEALED}: {cooled} of the {schedule.end - begun} steps of the cooldown are done"
     return (
-        f"{before}annealed over {cooled} steps; the checkpoint of step {begun}, before them, is kept: "
-        f"go on from it with --from={run_url}@{begun} and another run.url"
+        f"{before}annealed over {cooled} steps; the checkpoint before the cooldown, step {begun}, is kept: "
+        f"a new run can start from it with --from={run_url}@{begun} and another run.url"
     )

@@ -27,7 +27,7 @@ TRUNK = "trunk"
 
 
 def open_course(stage: Stage) -> list[Change]:
-    """On rank 0, before the run is opened: all changes of its course, including a new branch or extension.
+    """All changes of the run's course, including a new branch or extension. Rank 0 calls it before it opens the run.
 
     Raises ConfigError or RunError for an impossible change, before anything is written.
     """
@@ -54,7 +54,7 @@ def parse_source(given: str) -> tuple[RunFolder, str]:
 
 
 def _branch(stage: Stage, folder: RunFolder, changes: list[Change], given: str) -> list[Change]:
-    """Record a new branch. If the run began as this branch before, it continues.
+    """Record a new branch. If the run already began as this branch, nothing is recorded.
 
     A run that began in any other way is refused.
     """
@@ -96,7 +96,7 @@ def _has_begun(folder: RunFolder) -> bool:
 
 
 def _step_of(source: RunFolder, given: str, wanted: str, changes: list[Change]) -> int:
-    """The step to begin with: the named one, else the end of the newest trunk, else the newest checkpoint."""
+    """The step to begin with: the named step, else the end of the newest trunk, else the newest checkpoint."""
     found = layout.complete_steps(source.url)
     trunk = next(reversed(course.trunks(changes)), None)
     if wanted == TRUNK and trunk is None:
@@ -125,7 +125,7 @@ def _check_fixed(stage: Stage, given: str, theirs: Mapping[str, Any]) -> None:
 
 
 def _climb_from(stage: Stage, step: int, stored: Mapping[str, Any], theirs: list[Change]) -> dict[str, Any]:
-    """The warm-up of the branch. With wsd, a rate that a cooldown has lowered climbs back to the peak."""
+    """The warm-up of the branch, if the schedule is wsd: a rate that a cooldown has lowered climbs back to the peak."""
     config = stage.settings.optimizer
     if config.schedule != "wsd" or step <= config.warmup_steps:
         return {}
@@ -154,7 +154,7 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
             )
         storage.write_bytes(storage.join(layout.folder_of(folder.url, step), file.name), data)
     state = {**manifest.state, "config": stage.config, "data_fingerprint": stage.fingerprint, "origin": origin}
-    # Number 0 as the segment means that no segment of this run has stored the checkpoint.
+    # Segments count from 1. The number 0 means that no segment of this run has stored the checkpoint.
     layout.write_marker(folder.url, dataclasses.replace(manifest, segment=0, state=state))
     log.info("step %d of %s is copied", step, source)
 
@@ -165,13 +165,13 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
 def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Change]:
     """Record train.steps as the new length of the run.
 
-    If the run already has this length, nothing is recorded and it continues.
+    If the run already has this length, nothing is recorded.
     """
     settings = stage.settings
     try:
         stored = read_description(folder)
     except ObjectNotFound:
-        return changes  # a new run begins with this length
+        return changes  # a new run has the length train.steps from its beginning
     schedule = Schedule(settings.optimizer, stored["identity"]["train.steps"], changes)
     lengths = [change.steps for change in changes if change.kind == "extend"]
     before, steps = next(reversed(lengths), schedule.first_steps), settings.train.steps
@@ -190,7 +190,7 @@ def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Chan
 
 
 def _second_warmup(schedule: Schedule, at: int) -> dict[str, Any]:
-    """The warm-up after step `at`, in which the rate climbs back to its peak. The stable part of wsd needs none."""
+    """The warm-up after step `at`, in which the rate climbs back to its peak. In the trunk of wsd, there is none."""
     config = schedule.config
     factor = schedule.factor(at) if at else 1.0
     if config.schedule == "wsd" and (at <= config.warmup_steps or factor == 1.0):

@@ -65,7 +65,7 @@ class TrainingEvaluator:
         self.best: tuple[int, float] | None = None  # step and loss of the lowest validation loss; the same on all ranks
 
     def recall(self, best: Sequence[float] | None, step: int, measured: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the lowest validation loss of earlier segments: the restored one, or the one measured at `step`."""
+        """Set the lowest validation loss so far: the restored `best`, or the loss measured at `step` if it is lower."""
         if best:
             self.best = (int(best[0]), float(best[1]))
         if loss := measured.get("eval", {}).get("val_loss"):
@@ -84,7 +84,7 @@ class TrainingEvaluator:
             self._sample(0)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Run the evaluations that are due after `step`. Those whose kind of metric is in `without` are left out.
+        """Run the evaluations that are due after `step`, except the kinds in `without`.
 
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """
@@ -100,7 +100,7 @@ class TrainingEvaluator:
                 self._seconds[kind] = self._segment.now() - began
         except Abandoned:
             is_done = False
-        # Only rank 0 makes samples, so the ranks may differ in this number.
+        # Only rank 0 makes samples, so `is_done` may differ between the ranks.
         is_done = bool(gather_numbers([is_done], self._ranks).all())
         if not is_done:
             log.warning("the evaluation of step %d is cut off: the next segment repeats it", step)
@@ -119,9 +119,8 @@ class TrainingEvaluator:
     def last_seconds(self, seconds_per_token: float) -> float:
         """Expected seconds of the evaluations after the last step.
 
-        The last measured time of each kind counts. Before a measurement, the estimate is half of a training pass over
-        the same tokens; a pass without gradients needs a third. The time of samples counts only after it was measured
-        once.
+        For each kind, this is the last measured time. Before the first measurement, half the time of training on the
+        same tokens is assumed. This is enough, because a pass without gradients takes a third. Samples count as 0 then.
         """
         tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
         return sum(
@@ -208,8 +207,7 @@ def sample(
 def measured_before(segment: SegmentLog, restored: Restored) -> dict[str, Mapping[str, Any]]:
     """On rank 0: the metrics that earlier segments recorded for the restored step, by kind.
 
-    The segment that saved the step recorded these metrics, or a later segment did. An evaluation that was cut off has
-    recorded none.
+    They are in the segment that saved the step, or in a later segment. An evaluation that was cut off recorded nothing.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for number in range(restored.segment, segment.number):

@@ -1,12 +1,13 @@
 """Forecasts the final validation loss of a run while it trains, from its own losses and its learning rates.
 
-L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum of the learning rates up to step s, as
-shares of the peak. S2 grows with the drops of the rate: it sums a momentum that takes each drop and keeps the share
-DECAY per step. The constants L0, A, a and C are fitted to the run's losses. C says how much a cooldown lowers the loss.
-A run that has not cooled yet does not show C, so the fit expects a whole cooldown to gain USUAL_GAIN, as in public
-logs. The law describes training losses. The difference to the newest validation loss is added to the forecast. The
-fitted law is used up to FAR times the steps seen. Beyond that, the law of public runs (core.loss.law) says how the loss
-falls with further tokens.
+The law is L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum of the learning rates up to
+step s, as shares of the peak. S2 is the sum of a momentum: each drop of the rate is added to the momentum, which keeps
+the share DECAY of its value per step. The constants L0, A, a and C are fitted to the run's losses.
+
+C says how much a cooldown lowers the loss. Before the cooldown, the losses do not determine C, so the fit assumes that
+a whole cooldown gains USUAL_GAIN, as in public logs. The law is fitted to training losses, so the difference to the
+newest validation loss is added. The fitted law is used up to FAR times the steps seen. Beyond that, the law of public
+runs (core.loss.law) says how the loss falls with further tokens.
 """
 
 import math
@@ -25,7 +26,7 @@ LEAST_BINS = 12
 EXPONENTS = tuple(np.linspace(0.1, 1.2, 12))
 # A linear cooldown over 28.6 % of the steps gained 0.10 to 0.14 nats in public runs of 124M to 1.5B parameters.
 USUAL_GAIN, GAIN_ERROR = 0.12, 0.03
-PRIOR = 0.02  # weight of USUAL_GAIN against the noise of the losses
+PRIOR = 0.02  # weight of the expected USUAL_GAIN in the fit, relative to the weight of the losses
 # Errors of the law in nats, in public logs of 124M and 1.5B parameters, by the ratio of all steps to the steps seen.
 # The error was 0.01 up to a ratio of FAR, 0.043 at 4.2, and 0.068 at 6.
 FAR = 1.7
@@ -34,7 +35,7 @@ ERRORS = ((FAR, 0.01), (4.2, 0.043), (6.0, 0.068))
 
 @dataclass(frozen=True)
 class LossForecast:
-    """The expected validation loss at step `end`, and its likely error in nats. `ratio` is `end` over the steps seen.
+    """The expected validation loss at step `end`, and its likely error in nats. `ratio` is `end` / steps seen.
 
     If the run has not been validated yet (`is_training`), `loss` is the training loss.
     """
@@ -92,8 +93,7 @@ class LossHistory:
         loss, is_training = float(predicted[-1]) - more, self._validation is None
         if self._validation:
             loss += self._validation[1] - float(predicted[count])
-        # The rate may have fallen in part already. The gain of this part is in the measured losses, so it adds no
-        # error.
+        # A part of the cooldown may be over. Its gain is already in the measured losses, so it adds no error.
         ahead = max(0.0, 1 - fallen[count - 1] / full) if full > 0 else 0.0
         error = math.hypot(law_error(end / last), GAIN_ERROR * ahead)
         return LossForecast(loss, error, end, end / last, is_training)

@@ -12,12 +12,13 @@ IN_A_ROW = 3  # slow steps before a rank is named, because a single slow step ma
 
 
 class StepNorms:
-    """Measures one step. Construct this object before the forward passes.
+    """Measures the norms of one step, and the largest activation of each block.
 
-    Call `gradients` before the update, and `finish` after the update. It copies the weights, so use it only every few
-    steps. The residual stream of a block grows before a run diverges. Dettmers et al. 2022 describe such outliers;
-    Wortsman et al. 2023, "Small-scale proxies", say which norms to observe. `read` gives the results once the device
-    has passed `finish`.
+    Construct this object before the forward passes. Call `gradients` before the update, and `finish` after it. `read`
+    gives the results once the device has executed `finish`. The weights are copied, so measure only every few steps.
+
+    Activations grow before a run diverges. Dettmers et al. 2022 describe such outliers. Wortsman et al. 2023,
+    "Small-scale proxies", say which norms to observe.
     """
 
     def __init__(self, model: GPT):
@@ -46,7 +47,7 @@ class StepNorms:
         self._numbers = to_host(torch.stack([*norms, *self._largest]))
 
     def read(self) -> dict[str, dict[str, float] | list[float]]:
-        """{"gradients", "weights", "updates": norm per part of the model, "largest_activations": per block}."""
+        """Norms of gradients, weights and updates by part of the model, and the largest activation of each block."""
         numbers = iter(self._numbers.tolist())
         found = {kind: {part: next(numbers) for part in of_part} for kind, of_part in self._found.items()}
         return {**found, "largest_activations": list(numbers)}
@@ -58,7 +59,7 @@ class StepNorms:
 def to_host(values: torch.Tensor) -> torch.Tensor:
     """Copies values to host memory without waiting for a GPU.
 
-    The copies are valid once the device has passed this point.
+    The result is valid once the device has executed the copy.
     """
     if not values.is_cuda:
         return values
@@ -133,7 +134,7 @@ class DeviceClock:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """The sum in seconds. Call this after the device has passed all blocks."""
+        """The sum in seconds. Call this after the device has executed all blocks."""
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self._on_gpu:
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3

@@ -19,9 +19,9 @@ log = logging.getLogger("train")
 
 
 def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
-    """Open and check these inputs, on all ranks together.
+    """Open and check the inputs that are needed later, on all ranks together.
 
-    Returns the HellaSwag items to score, which may be none. Raises LauncherError on rank 0, PeerFailed on the others.
+    Returns the HellaSwag items to score, if any. Raises LauncherError on rank 0, PeerFailed on the others.
     """
     train = stage.settings.train
     on_main(stage.check_stored, ranks)

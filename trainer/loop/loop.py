@@ -6,8 +6,8 @@ A request to stop also ends an evaluation or a wait for data. Before its first s
 save, so a request to stop ends the process immediately.
 
 The host launches a step and reads its losses and norms only after it has launched the next step, so a GPU always has
-work. Before a checkpoint, an evaluation and the end, the host reads them without launching another step. If a number of
-a step is not finite, neither this step nor the one launched after it changes a weight.
+work. Before a checkpoint, an evaluation and the end, the host reads the numbers of the newest step without launching
+another. If a number of a step is not finite, neither this step nor the step launched after it changes a weight.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ OTHER_RANK = "reported by rank"
 
 @dataclass
 class Loop:
-    """`run` trains from a restored step to the last one, or until a request to stop."""
+    """`run` trains from a restored step to the last step, or until a request to stop."""
 
     stage: Stage
     ranks: Ranks
@@ -72,7 +72,7 @@ class Loop:
     evaluator: TrainingEvaluator
     reporter: StepReporter
     annealer: Annealer
-    last_loss: float | None = None  # loss of the restored step, if its checkpoint holds it
+    last_loss: float | None = None  # loss of the restored step, if the checkpoint holds the loss
     first_step: int = 0  # the restored step, at which this segment starts
 
     def __post_init__(self):
@@ -89,18 +89,18 @@ class Loop:
             self.ddp, self.accumulation, self.settings.train.grad_reduce_dtype, self.stage.round_robin
         )
         self.slow_ranks = SlowRanks(self.ranks.world)
-        self.repeated: list[Any] = []  # the micro-batch of every step when overfitting
+        self.repeated: list[Any] = []  # with train.overfit: the micro-batch that every step repeats
         self.gate = Gate(self.ranks.device)
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # the step that was launched last
-        self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
+        self.step_seconds = self.work_seconds = 0.0  # of the step reported last, with and without the wait before it
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
         """Returns the step that was reached, which is saved, and the request that ended the run, if any.
 
-        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due come first.
+        `measured` holds the kinds of evaluation that `first_step` already has. Other kinds that are due run first.
         """
         self.first_step = step = first_step
         if step == 0:
@@ -153,7 +153,7 @@ class Loop:
                 self.profiler.finish(step)
             if step == first_step + 1:
                 self._read()
-                # From now on there is a step to save, so a request to stop leaves time for that.
+                # From now on there is a step to save, so the process gets time to save after a request to stop.
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.work_seconds)
             elif self.settings.train.overfit:
@@ -228,14 +228,14 @@ class Loop:
         with autocast(self.ranks.device, self.stage.precision):
             return self.ddp(micro_batch)
 
-    # --- the parts of a step boundary ---------------------------------------------------------------------------
+    # --- between two steps --------------------------------------------------------------------------------------
 
     def is_last(self, step: int) -> bool:
         """Whether the run ends after `step`; the same on all ranks."""
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error that reading raised; [] after a request to stop."""
+        """This rank's micro-batches of the next step, or an error of reading. After a request to stop: []."""
         if self.repeated:
             return self.repeated
         try:
@@ -265,7 +265,7 @@ class Loop:
             if outage:
                 self._check_outage(outage)
             cap = self.segment.cap
-            # Until the next exchange, a GPU must also finish the step that it computes now.
+            # On a GPU, two steps end before the next exchange: the step in progress, and the step launched next.
             seconds = self.step_seconds * (2 if self.ranks.device.type == "cuda" else 1)
             if cap.reached(seconds, self.saver.seconds()):
                 self.requests.request_stop("cap", cap.describe())
@@ -284,7 +284,7 @@ class Loop:
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
-            # All ranks choose the same request, because they may have received different ones.
+            # The ranks may have received different requests. All of them choose the kind that is first in KINDS.
             kind = KINDS[int(kinds[kinds > 0].min()) - 1]
             asked = int((kinds == KINDS.index(kind) + 1).nonzero()[0, 0])
             if request is None or request.kind != kind:
@@ -295,7 +295,7 @@ class Loop:
             return request, True
         if self.ranks.world > 1 and self.forward_seconds:
             self._report_slow_ranks(forward_seconds.tolist())
-        self.forward_seconds = 0.0  # said
+        self.forward_seconds = 0.0  # reported
         return None, bool(saves.any()) or decided is not None
 
     def _stop_request(self, step: int) -> StopRequest:
@@ -395,6 +395,6 @@ class Loop:
         branch = continued_elsewhere(folder, self.stage.identity) if newest else ""
         raise TrainingError(
             f"step {done.step}: {problem}; the weights were not changed. Start again to retry from "
-            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {batch}give "
-            f"another run.url a lower optimizer.lr{branch}"
+            f"{f'step {newest}' if newest else 'the beginning'}; if this happens again, {batch}start a new run "
+            f"(another run.url) with a lower optimizer.lr{branch}"
         )

@@ -1,8 +1,8 @@
 """Carries the numbers of a step from the device to the host while the device computes the next step.
 
-The device decides whether a number is finite, because the update on the device needs the answer; a decision on the host
-would make the host wait. The host reads losses and norms one step late and reports them, or the number that is not
-finite.
+The device decides whether a number is finite, because the update on the device needs the answer. A decision on the host
+would make the host wait. The host reads losses and norms one step late. It reports them, or names the number that is
+not finite.
 
 Shapes: W ranks, A micro-batches per rank and step.
 """
@@ -16,7 +16,7 @@ from trainer.loop.health import DeviceClock, StepNorms, to_host
 
 
 class Gate:
-    """Stops all further updates once a number is not finite. Its answers stay on the device."""
+    """Stops all further updates once a number is not finite, without a transfer from the device to the host."""
 
     def __init__(self, device: torch.device):
         self._zero = torch.zeros((), device=device)
@@ -24,7 +24,7 @@ class Gate:
     def check(self, numbers: torch.Tensor) -> torch.Tensor:
         """A float32 scalar: 1.0 if a number of this call or of an earlier call is not finite, else 0.0.
 
-        All ranks must call it with the same numbers, so that either all ranks update or none does.
+        All ranks must call this with the same numbers, so that either all ranks update or none does.
         """
         self._zero += (numbers * 0).sum()  # the product with 0 is NaN if a number is not finite
         return (self._zero != 0).float()

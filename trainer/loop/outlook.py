@@ -22,8 +22,8 @@ log = logging.getLogger("train")
 SHARE = 0.01  # share of the run's steps between two forecasts
 # With fewer steps, a fit is worse than the law's error says: runs of 200 steps ended 0.3 to 1 nats above the forecast.
 LEAST_STEPS = 1000
-# A function of a step. Returns the last step that the money pays for, and the dollars at the end (None without a
-# price).
+# A function that takes the current step. It returns the last step that the money pays for, and the dollars that the run
+# will have cost then (None if no price is known).
 Expected = Callable[[int], tuple[int, float | None]]
 
 
@@ -98,10 +98,7 @@ class Outlook:
         return self.view
 
     def compared(self, spent_usd: float | None) -> str:
-        """A line at the end of the run. It compares the outcome with the forecast at half of the steps.
-
-        "" if there was no forecast.
-        """
+        """A line that compares the outcome of the run with the forecast at half of the steps. "" without a forecast."""
         if not self._views or not self._validation or self._validation[0] < self._views[-1].loss.end:
             return ""
         half = min(self._views, key=lambda view: abs(view.step - self._validation[0] / 2))

@@ -21,7 +21,7 @@ def check_overfit(step: int, train: TrainLoopConfig, loss: float | None) -> None
     if not is_overfitted(train, loss):
         raise TrainingError(
             f"step {step}: with one micro-batch repeated the loss is {loss:.4f}, not below {bound}; "
-            "if it was still falling give another run.url more train.steps, else look at optimizer.lr and at the "
-            "changes to the model"
+            "if the loss was still falling, start a new run (another run.url) with more train.steps; else look at "
+            "optimizer.lr and at the changes to the model"
         )
     log.info("step %d: the model has memorized the micro-batch: loss %.4f is below %s", step, loss, bound)

@@ -1,4 +1,4 @@
-"""Profiles a range of steps: a trace in the run's folder, and the operations that take most time in the log."""
+"""Profiles a range of steps. Stores a trace in the run's folder, and logs the operations that take the most time."""
 
 import gzip
 import logging
@@ -33,7 +33,7 @@ class StepProfiler:
         self._profile: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Begin if `step` is the first one. A segment that resumes within the range profiles the rest of it."""
+        """Begin if `step` is the first step of the range, or if the segment resumed within the range."""
         if self._profile is None and self._steps and self._steps[0] <= step <= self._steps[1]:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_gpu else [])
             self._synchronize()

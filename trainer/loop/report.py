@@ -1,4 +1,4 @@
-"""Reports each step: as a metric in the run's folder, on the log or a live screen, and to trackers."""
+"""Reports each step: as a metric in the run's folder, in the log or on a live screen, and to trackers."""
 
 import logging
 import sys
@@ -44,7 +44,7 @@ class StepReporter:
         self._trackers = Trackers(kinds, settings.run.url, stage.config, run_id, first_step)
 
     def step(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
-        """Report optimizer step `step`, which took `seconds`, `waited_seconds` of them for data."""
+        """Report optimizer step `step`. It took `seconds`, including `waited_seconds` for data."""
         steps = self._stage.steps
         tokens_per_second = self._tokens_per_step / seconds
         mfu = self._flops_per_step / seconds / self._peak_flops if self._peak_flops else None
@@ -64,7 +64,7 @@ class StepReporter:
             self.outlook.add(step, loss)
         cap = self._segment.cap
         spent = cap.spent_usd() if cap else None
-        if spent is not None:  # a report on the run computes this record from the run's ledger
+        if spent is not None:  # the run does not store this record, because reports compute it from the ledger
             self._trackers.add("cost", {"step": step, "usd_at_most": spent})
         end = self.outlook.view.loss.end if self.outlook and self.outlook.view else steps
         remaining = seconds * max(0, min(steps, end) - step)
@@ -110,10 +110,7 @@ class StepReporter:
 
 
 def open_screen(display: str, steps: int, cap: SpendingCap | None):
-    """The live screen. If the package rich is missing, returns None.
-
-    It raises ConfigError if rich is missing and `display` is live.
-    """
+    """The live screen. If the package rich is missing: None, or ConfigError if `display` is live."""
     try:
         from trainer.loop.screen import Screen
     except ImportError as error:

@@ -17,7 +17,7 @@ log = logging.getLogger("train")
 
 POLL_SECONDS = 5.0
 GIVE_UP_AFTER = 3
-KINDS = ("signal", "spot", "cap", "storage")  # kinds of requests to stop; the ranks exchange the index of one
+KINDS = ("signal", "spot", "cap", "storage")  # kinds of requests to stop; the ranks exchange indices of this tuple
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StopRequest:
 
 
 class StopRequests:
-    """The requests that have arrived. Thread-safe. The first request to stop counts; a request to save is taken once.
+    """The requests that have arrived. Thread-safe. Only the first request to stop counts.
 
     If the machine will be taken away, little time is left. Then `hurry` (core.stop.ask) is called with the reason.
     """
@@ -64,8 +64,8 @@ class StopRequests:
 class SpotWatch:
     """Polls the interruption notices of the provider in a thread. One instance per node.
 
-    If CLOUD names no known provider, all of CLOUDS are asked, and the watch ends after a few failures. Once a provider
-    is known, no failure ends the watch.
+    If CLOUD names no known provider, all of CLOUDS are asked. If none of them answers a few times in a row, the watch
+    ends. Once a provider is known, no failure ends the watch.
     """
 
     def __init__(self, requests: StopRequests, environment: Mapping[str, str], poll_seconds: float = POLL_SECONDS):
@@ -96,8 +96,8 @@ class SpotWatch:
             except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # If the provider is unknown, it is normal that no source answers. In a container on AWS, the cause
-                    # may be the hop limit.
+                    # If the provider is unknown, a missing answer is normal, so only the debug log has this message. In
+                    # a container on AWS, the hop limit may be the cause.
                     log.log(
                         logging.WARNING if self._is_known else logging.DEBUG,
                         "cannot read spot notices: %s; if this lasts, give the container the host's network, "

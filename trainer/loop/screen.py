@@ -38,7 +38,7 @@ class Screen:
         console = Console(file=sys.stderr)
         self._live = Live(self._panel(), console=console, refresh_per_second=REFRESHES_PER_SECOND)
         self._live.start()
-        # Log handlers still write to the old sys.stderr. rich has replaced it, to show log lines above the panel.
+        # rich has replaced sys.stderr, to show log lines above the panel. Log handlers still hold the old stream.
         self._moved = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger().handlers

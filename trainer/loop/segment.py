@@ -1,18 +1,18 @@
 """Runs one segment of a run: from joining the ranks to the exit code, the same for every stage.
 
-A segment is one machine's part of a run. Started again with the same settings, a run continues from its newest
+A segment is one machine's part of a run. A run that is started again with the same settings continues from its newest
 complete checkpoint, on any number of ranks.
 
-The guarantee of a resume, by device:
+After a resume, a run computes:
 
-    CPU     the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank
-    CUDA    the same bits on GPUs of one kind with train.deterministic, the default; without it equal up to rounding
+    CPU:    the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank;
+    CUDA:   the same bits on GPUs of one kind if train.deterministic is true (the default), else equal up to rounding.
 
-On CUDA, torch.use_deterministic_algorithms gives the guarantee. The following is from torch's documentation and source,
-and was not measured: flash and memory-efficient attention have deterministic backward passes; cuDNN attention has none
-and is not used; FlexAttention needs no atomics for the gradients of queries, keys and values; scatter_add and index_put
-sort their indices; Inductor chooses reductions by rule instead of by timing. A training step uses no operation that
-torch refuses in this mode (tests/test_determinism.py).
+On CUDA, torch.use_deterministic_algorithms gives the guarantee. A training step uses no operation that torch refuses in
+this mode (tests/test_determinism.py). The following is from torch's documentation and source, and was not measured.
+Flash and memory-efficient attention have deterministic backward passes. cuDNN attention has none and is not used.
+FlexAttention needs no atomics for the gradients of queries, keys and values. scatter_add and index_put sort their
+indices. Inductor chooses reductions by rule instead of by timing.
 """
 
 import functools
@@ -70,7 +70,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
     `fetched` is the early fetch of the newest checkpoint, which began before torch was imported.
     """
-    stop.listen()  # for callers other than the main programs, which have called it; a second call does nothing
+    stop.listen()  # needed if the caller is not one of the main programs; a second call does nothing
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
@@ -121,7 +121,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
             return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
 
-        # 5. Model and optimizer, from the newest checkpoint or from the start: the same bits on every rank.
+        # 5. Fill the model and the optimizer from the newest checkpoint, if any. They hold the same bits on every rank.
         model = stage.build()
         model.to_empty(device=ranks.device)
         optimizer = BlockOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
@@ -244,7 +244,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 
 def _spent(segment: SegmentLog, settings: TrainingConfig) -> str:
-    """On rank 0: a sentence on the dollar limit that earlier segments have reached; "" if this segment may begin."""
+    """On rank 0: a sentence about the dollar limit that earlier segments have reached, or "" if none is reached."""
     if segment.cap.reached(0.0, 0.0):
         return segment.cap.describe()
     return restarts_too_dear(RunFolder(settings.run.url), settings.run.max_restart_usd, without=segment.number)
@@ -290,7 +290,7 @@ def _close(
         segment.mark("cap", limit_usd=limit, spent_usd=segment.cap and segment.cap.spent_usd())
         segment.close("cap", reached)
         log.warning(
-            "stopped by the cap at step %d of %d, which is saved: %s%s; go on with a larger %s and the same command",
+            "stopped by the cap at step %d of %d, which is saved: %s%s; to continue, raise %s and repeat the command",
             reached,
             stage.steps,
             request.detail,

@@ -1,8 +1,8 @@
 """Copies the metrics of a run to TensorBoard, Weights & Biases or MLflow.
 
-The journal in the run's folder remains the complete record; a thread sends copies. If a tracker fails, the log names it
-once, and the tracker gets no more metrics. A tracker never delays or stops a run. Each tool has its own variables for
-the destination: TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+The journal in the run's folder remains the complete record, and a thread sends copies. If a tracker fails, the log
+names it once, and the tracker gets no more metrics. A tracker never delays or stops a run. The destination is set by
+TENSORBOARD_DIR, by WANDB_PROJECT and WANDB_API_KEY, or by MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 """
 
 import contextlib

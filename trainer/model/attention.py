@@ -1,9 +1,8 @@
 """Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
 core.settings.model describes the variants. All kernels are fused: scaled_dot_product_attention uses FlashAttention
-where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU. The
-block mask of FlexAttention skips positions that no query attends to. If the blocks are not compiled, a dense mask is
-used.
+where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) if the blocks are compiled, and a
+dense mask otherwise. The block mask of FlexAttention skips positions that no query attends to.
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
@@ -80,7 +79,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
         self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
-        # Two learned factors: of this block's values, and of the first block's values.
+        # Two learned factors, for this block's values and for the first block's values.
         self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
 
     def forward(
@@ -145,12 +144,15 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """A compiled create_block_mask. It is compiled because the plain function would first build a (B, T, T) mask."""
+    """The compiled create_block_mask. Without compilation, this function would first build a (B, T, T) mask."""
     return torch.compile(create_block_mask)
 
 
 def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockMask:
-    """A causal mask within documents, which begin with the end-of-text token: a block mask, or bool (B, 1, T, T)."""
+    """A causal mask within documents: a block mask if `fused`, else bool (B, 1, T, T).
+
+    A document begins with the end-of-text token.
+    """
     document_BT = (tokens_BT == GPT2_END_OF_TEXT).cumsum(1)
     B, T = tokens_BT.shape
     if fused:
@@ -171,7 +173,7 @@ def document_positions(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def merged(parts: Sequence[tuple[KVCache, Sequence[int]]], room: int) -> KVCache:
-    """A new cache with these rows of each cache and `room` positions, for rows that end, arrive or need more room."""
+    """A new cache of `room` positions with the given rows of each cache. Used if rows end, arrive or need more room."""
     first = parts[0][0]
     rows = sum(len(index) for _, index in parts)
     made = KVCache(first.config, rows, room, first.length_B.device, first._keys.dtype)

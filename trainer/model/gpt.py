@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.attn = Attention(config, index)
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
-        # Two learned factors: of the residual stream, and of the embedding.
+        # Two learned factors, for the residual stream and for the embedding.
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
     def forward(
@@ -111,9 +111,9 @@ class GPT(nn.Module):
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
         A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
-        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only. If
-        `share` is given, the backward pass gives the gradient of `share` times the loss, and ignores the incoming
-        gradient.
+        If `packed` is true, a row holds several texts. Each text begins with an end-of-text token, and its tokens
+        attend only to this text. If `share` is given, the backward pass gives the gradient of `share` times the loss,
+        and ignores the incoming gradient.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
@@ -162,10 +162,10 @@ class GPT(nn.Module):
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block as one graph, and compile the loss. A graph break is an error.
 
-        Blocks with the same code are compiled once. There is one graph per block, not one for the whole model. So DDP
-        sends the gradients of a block while the gradients of the next block are computed. torch's option `optimize_ddp`
-        is off. It would cut the graphs at DDP's buckets, which brings no speed here and costs memory, because
-        activations that cross a cut must be stored.
+        Blocks with the same code are compiled once. Because each block has a graph of its own, DDP sends the gradients
+        of a block while the gradients of the next block are computed. torch's option `optimize_ddp` would also cut the
+        graphs at DDP's buckets. It is off, because this brings no speed here and costs memory: activations that cross a
+        cut must be stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -193,7 +193,8 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # A tied embedding is also the output layer. If its deviation were 1, the logits would be as large as the width.
+        # A tied embedding is also the output layer. With a standard deviation of 1, its logits would grow with the
+        # width.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

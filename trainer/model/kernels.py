@@ -47,8 +47,8 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
         return
     if "flash3" in chosen:
         _activate_flash3()
-    # No fused kernel may support a case. If the setting is auto, plain products then compute it. If the setting names a
-    # kernel, torch raises an error.
+    # There are inputs that no fused kernel supports. If the setting is auto, plain matrix products compute them. If the
+    # setting names a kernel, torch raises an error.
     backends = [BACKENDS[each] for each in chosen] + ([SDPBackend.MATH] if name == "auto" else [])
     _for_good.enter_context(attention.sdpa_kernel(backends, set_priority=True))
 

@@ -1,8 +1,7 @@
-"""Adds low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, where only A and B train.
+"""Adds low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x. Only A and B are trained.
 
 The adapters of a layer are two parameters, such as `h.0.attn.c_attn.lora_a` (rank, in) and `h.0.attn.c_attn.lora_b`
-(out, rank). The weights that they adapt keep their names. B starts at zero, so training starts from the unchanged
-model.
+(out, rank). The layer's own weights keep their names. B starts at zero, so training starts from the unchanged model.
 """
 
 import math
@@ -79,10 +78,7 @@ def base(model: GPT) -> dict[str, nn.Parameter]:
 
 
 def digest(parameters: Mapping[str, torch.Tensor]) -> str:
-    """An XXH3-128 hash that identifies the weights.
-
-    It is needed because adapters work only with the weights that they were trained on.
-    """
+    """An XXH3-128 hash of the weights. It identifies the weights that adapters were trained on."""
     checksum = xxh3_128()
     for name in sorted(parameters):
         checksum.update(name.encode())

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 
 # Rows of a chunk. With GPT-2's vocabulary, the float32 logits of a chunk take 26 MB on a CPU, which fits the CPU's
-# cache. A GPU needs larger products, so there they take 800 MB.
+# cache. A GPU needs larger products, so on a GPU these logits take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# Whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks, on a GPU.
-# If not, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles measures
-# the difference.
+# If true, on a GPU the matrix product for the output layer's gradient adds its result directly to the sum over chunks.
+# If false, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles
+# measures the difference.
 SUM_IN_FLOAT32 = True
 
 
@@ -43,8 +43,8 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
-    logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
+    Rows whose target is below 0 do not count. If no row counts, the loss is 0. `fused` compiles the operations on the
+    logits into fewer kernels, because a GPU's memory bandwidth limits them. The logits then stay in the format of the
     product, without a float32 copy. If `share` is given, the backward pass gives the gradient of `share` times the
     loss, and ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This
     saves a second pass over the gradients.
@@ -61,10 +61,9 @@ def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
 def token_scores(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two results.
+    """The cross-entropy of each row, and whether each target is the likeliest token.
 
-    The first is the cross-entropy of each row in nats, float32 (N,); it is 0 where the target is below 0. The second
-    says whether each target is the likeliest token, bool (N,).
+    The cross-entropy is in nats, float32 (N,). It is 0 if the target is below 0. The second result is bool (N,).
     """
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
     likeliest_N = torch.zeros(len(targets_N), dtype=torch.bool, device=x_ND.device)

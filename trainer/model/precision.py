@@ -12,13 +12,13 @@ from torch import nn
 
 from core.errors import ConfigError
 
-BF16_FROM = (8, 0)  # lowest compute capability with bf16: Ampere's
-FP8_FROM = (8, 9)  # lowest compute capability with fp8: Ada's; Hopper's is (9, 0)
+BF16_FROM = (8, 0)  # lowest compute capability with bf16 (Ampere)
+FP8_FROM = (8, 9)  # lowest compute capability with fp8 (Ada)
 FP8_MULTIPLE = 16  # both sides of a matrix in an fp8 product must be multiples of this
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """The precision that `auto` means on this device. Raises ConfigError if the device cannot compute in it."""
+    """Replace `auto` by a precision for this device. Raises ConfigError if the device does not support `precision`."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
         return "bf16" if capability >= BF16_FROM else "fp32"

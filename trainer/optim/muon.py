@@ -18,9 +18,9 @@ import torch
 
 # A quintic polynomial that moves singular values from (0, 1] to about 0.7 to 1.2 in five rounds (Jordan et al.).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Batches per shape: one for each GPU of a machine.
+# Most batches per shape: one for each GPU of a machine with 8 GPUs.
 BATCHES = 8
-# Whether to compile the passes between the products where the blocks are compiled; bench.gpu.toggles turns it off.
+# If true, the operations between the products are compiled when the blocks are. bench.gpu.toggles sets it to false.
 COMPILES = True
 
 
@@ -42,7 +42,7 @@ def batches(shapes: Mapping[tuple[str, int], torch.Size]) -> list[list[tuple[str
 def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
     """Approximates U V^T of the singular value decomposition of each matrix, (..., O, I), by Newton-Schulz rounds.
 
-    It computes in bfloat16 on a GPU and in float32 elsewhere.
+    The products are in bfloat16 on a GPU, and in float32 on a CPU.
     """
     a, b, c = _COEFFICIENTS
     x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
@@ -92,7 +92,7 @@ def update(
     """One step of a batch of N matrices (O, I), in place. `decay` is decoupled, as in AdamW.
 
     Nothing changes if `found_inf`, a scalar on the device, is not 0. A tall matrix takes a larger step, so that its
-    output changes as much as a square matrix's output. `fused` compiles the passes between the products.
+    output changes as much as a square matrix's output. `fused` compiles the operations between the products.
     """
     directions = _compiled() if fused and COMPILES else _directions
     moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)

@@ -3,8 +3,8 @@
 A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. If
 optimizer.zero is set, a rank keeps the state of its own blocks only. It updates their rows and sends the rows to the
 other ranks (Rajbhandari et al. 2020, "ZeRO", section 5.1). The memory of the optimizer's state per rank is then divided
-by the number of ranks. AdamW works element by element, so both ways give the same bits. A checkpoint names its rows, so
-any number of ranks can load it, with or without optimizer.zero.
+by the number of ranks. AdamW works element by element, so optimizer.zero changes no bits. A checkpoint names its rows,
+so any number of ranks can load it, with or without optimizer.zero.
 
 A Muon block is a whole matrix. Queries, keys and values are separate matrices. Only the owner of a matrix updates it,
 even if optimizer.zero is not set, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one
@@ -31,7 +31,7 @@ MUON_STATE = ("momentum",)
 
 @dataclass
 class AdamWGroup:
-    """Rows with one peak rate and decay. The lists hold a tensor per block."""
+    """Rows with the same peak rate and the same weight decay. The lists hold one tensor per block."""
 
     peak: float
     decay: float
@@ -259,9 +259,9 @@ class BlockOptimizer:
 
 
 def _matrices(model: GPT) -> dict[str, int]:
-    """The parameters that Muon updates, by name.
+    """The parameters that Muon updates. The result maps each name to the number of rows of one matrix.
 
-    Each has the number of rows of one matrix, because a parameter may hold several matrices.
+    A parameter may hold several matrices.
     """
     rows = {}
     for name, parameter in model.named_parameters():

@@ -1,22 +1,22 @@
 """Sums gradients with the same bits on any number of ranks.
 
 Floating-point addition is not associative. The usual method is a running sum over accumulation steps, followed by a
-ring all-reduce. Its bits on 8 GPUs differ from those on 4 GPUs. So a run that resumes on another number of ranks
-diverges from the original run. Here the M micro-batches of a step are the leaves of one fixed binary tree:
+ring all-reduce. On 8 GPUs, this method gives other bits than on 4 GPUs. So a run that resumes on another number of
+ranks diverges from the original run. Here the M micro-batches of a step are the leaves of one fixed binary tree:
 
-    M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbours pairwise
+    M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbouring sums are added.
 
-A rank computes consecutive micro-batches. As long as the number of ranks divides 2**k these are a whole subtree, which
-the rank sums with a binary counter of at most log2(accumulation) gradient copies. The sums of the ranks are then added
-pairwise as well. The exchange is an all-to-all (each rank receives its slice from every rank), a local tree sum and an
-all-gather. It moves the same bytes as a ring all-reduce, and a DDP communication hook overlaps it with the backward
-pass.
+A rank computes consecutive micro-batches. If the number of ranks divides 2**k, these are a whole subtree. The rank sums
+them with a binary counter, which needs at most log2(accumulation) copies of the gradients. The sums of the ranks are
+then added pairwise as well. The exchange is an all-to-all (each rank receives its slice from every rank), a local tree
+sum and an all-gather. It moves the same bytes as a ring all-reduce, and a DDP communication hook overlaps it with the
+backward pass.
 
 The round-robin order (ZeRO stage 2, Rajbhandari et al. 2020, section 5.2) is for models whose gradient copies do not
-fit into memory. Rank 0 computes the first group of q micro-batches, rank 1 the next one, and so on; after the last rank
-the next round begins. The groups of one round are neighbours at the lowest level of the tree. Their sums are exchanged
-after each round, and each rank keeps copies of its own slice only. Tree and bits are the same as in the other order,
-but there is one exchange per round instead of one per step.
+fit into memory. In a round, each rank computes one group of q micro-batches: rank 0 the first group, rank 1 the second,
+and so on. The groups of one round are neighbours at the lowest level of the tree. Their sums are exchanged after each
+round, and each rank keeps copies of its own slice only. Tree and bits are the same as in the other order, but there is
+one exchange per round instead of one per step.
 
 If the number of ranks does not divide 2**k, training works, but the sums are equal only up to rounding.
 """
@@ -46,8 +46,8 @@ class TreeReducer:
     """Sums the gradients of a DDP model over `accumulation` micro-batches and all ranks in tree order.
 
     For each micro-batch i of a step, run the backward pass inside `context(i)`, then call `micro_batch_done(i)`. After
-    the last one `.grad` holds the sum of all M micro-batches on every rank. If `dtype` is bf16, the ranks exchange half
-    the bytes. Each rank first rounds its sum to bf16, so the bits then depend on the number of ranks.
+    the last call, `.grad` holds the sum of all M micro-batches on every rank. If `dtype` is bf16, the ranks exchange
+    half the bytes. Each rank first rounds its sum to bf16, so the bits then depend on the number of ranks.
     `trainer.data.order.micro_batch_numbers` gives the micro-batches of a rank in either order.
     """
 
@@ -69,7 +69,7 @@ class TreeReducer:
         model.register_comm_hook(None, self._reduce_bucket)
 
     def context(self, index: int):
-        """Lets DDP synchronise only in the last micro-batch or, in round-robin order, in the last one of each group."""
+        """Lets DDP exchange gradients in the last micro-batch, or in the last of each group in round-robin order."""
         self._last = index == self.accumulation - 1
         ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
@@ -113,7 +113,7 @@ class TreeReducer:
             future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             future.set_result(buffer)
             return future
-        # A second stream runs the exchange beside the rest of the backward pass; the buckets keep their order.
+        # A second stream runs the exchange during the rest of the backward pass. The buckets keep their order.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._exchange(bucket.index(), buffer)
@@ -125,8 +125,8 @@ class TreeReducer:
     def settle(self, loss_of: Callable[[], torch.Tensor]) -> None:
         """Call before the first step, with a function that computes the loss of some micro-batch.
 
-        After its first backward pass DDP forms its buckets anew, in the order in which the gradients arrived. The
-        slices of all rounds of a step must belong to the same buckets, so this must happen before the first step.
+        After its first backward pass, DDP forms its buckets anew, in the order in which the gradients arrived. The
+        slices of all rounds of a step must belong to the same buckets. So this function lets DDP form them earlier.
         """
         if self._round_robin:
             self._last = True

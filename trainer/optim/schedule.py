@@ -20,9 +20,10 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
 
     The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
     `cooldown_fraction` of the steps. The cosine schedule (Loshchilov & Hutter 2017) reaches `min_lr_ratio` at the last
-    step. With a fraction of 1 it is the schedule of Brown et al. 2020, appendix B. The linear schedule has the phases
-    warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). It would reach `min_lr_ratio`
-    one step after the last step. Schedule wsd stays at the peak, and its cooldown is in the run's course.
+    step. If `cooldown_fraction` is 1, it is the schedule of Brown et al. 2020, appendix B. The linear schedule has the
+    phases warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). It would reach
+    `min_lr_ratio` one step after the last step. Schedule wsd stays at the peak, and its cooldown is in the run's
+    course.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -39,7 +40,7 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 class Schedule:
-    """The rates of a run of `steps` steps. `changes` is its course so far. `add` appends a change, on all ranks."""
+    """The rates of a run of `steps` steps. `changes` is the run's course so far. All ranks call `add` for a change."""
 
     def __init__(self, config: OptimizerConfig, steps: int, changes: Sequence[Change] = ()):
         self.config = config
@@ -65,7 +66,7 @@ class Schedule:
 
     @property
     def cooldown(self) -> Change | None:
-        """The current cooldown, or None before it is decided, and after an extension."""
+        """The current cooldown. None before a cooldown is decided, and after an extension."""
         return self.changes[-1] if self.changes and self.changes[-1].is_cooldown else None
 
     @property
@@ -110,7 +111,7 @@ class Schedule:
         self.changes.append(change)
 
     def _add_cooldown(self, change: Change) -> None:
-        """The rate falls from the rate of the trunk.
+        """Add a cooldown, in which the rate falls from its value in the trunk.
 
         A re-planned cooldown keeps its progress so far. The rest of the fall is spread over the new number of steps.
         """
@@ -122,7 +123,7 @@ class Schedule:
             top, fallen = self._trunk(max(1, change.step)), 0.0
 
         def progress(step: int) -> float:
-            # The progress would reach 1 one step after the last, because a rate of 0 would waste a step.
+            # The progress is below 1 at the last step, because a rate of 0 would waste that step.
             return fallen + (1 - fallen) * (step - change.step) / (change.steps + 1)
 
         self._top, self._progress = top, progress

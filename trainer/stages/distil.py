@@ -2,9 +2,9 @@
 
     loss = kl_weight T² KL(teacher, student) + (1 - kl_weight) cross-entropy
 
-The temperature T divides the logits of both models; T² keeps the size of the gradients (Hinton et al. 2015, "Distilling
-the Knowledge in a Neural Network"). The teacher is one of our models, a public GPT-2 or Llama, or any model that
-`transformers` runs.
+The temperature T divides the logits of both models. The factor T² makes the size of the gradients independent of T
+(Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). The teacher is one of our models, a public GPT-2
+or Llama, or any model that `transformers` runs.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Distillation(nn.Module):
         self.share = share
         self.temperature = temperature
         self.kl_weight = kl_weight
-        # In a list, because nn.Module does not register modules in lists, so DDP ignores the teacher.
+        # nn.Module does not register modules in a list. So DDP ignores the teacher.
         self._teacher = [teacher]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Dpo(Tuning):
     name = "dpo"
     sequences_per_item = 2
     lengths_vary = True
-    flops_per_token = None  # the lengths of rows vary with their answers
+    flops_per_token = None  # not counted, because the rows differ in length
 
     settings: DpoConfig
 
@@ -149,12 +149,12 @@ class Dpo(Tuning):
         return measure
 
     def _log_probs(self, model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        # Lengths vary, and compiled blocks would be compiled again for each length.
+        # Lengths vary, and torch would compile the blocks again for each length, so compilation is off.
         with autocast(self.ranks.device, self.precision), torch.compiler.set_stance("force_eager"):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
     def _groups(self, count: int) -> list[np.ndarray]:
-        """The numbers of the pairs, grouped by forward pass. It is used for passes outside of training."""
+        """The numbers of the pairs, grouped by forward pass, for passes outside of training."""
         size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 

@@ -24,7 +24,10 @@ from trainer.stages.tuning import Tuning, to_device
 
 
 class Packed(NamedTuple):
-    """A micro-batch. Its part of the mean over the step is `weight` times the mean over its answer tokens."""
+    """A micro-batch. Its loss is `weight` times the mean over its answer tokens.
+
+    The mean of these losses over all micro-batches of a step is the mean over all answer tokens of the step.
+    """
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -32,7 +35,7 @@ class Packed(NamedTuple):
 
 
 class Rows:
-    """Texts packed into rows. End-of-text tokens fill the rest of a row; each one is a text without targets."""
+    """Texts packed into rows. End-of-text tokens fill the rest of a row. Each of them is a text without targets."""
 
     def __init__(self, texts: Texts, length: int):
         self._texts = texts

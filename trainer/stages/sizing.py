@@ -2,10 +2,10 @@
 
 If `batch.micro_batch_size` is 0, the first segment of a run determines how many sequences fit. The segment uses the
 estimate of core.settings.memory. On a GPU, it also tries a forward and a backward pass. Later segments use the size
-that the first one found, on any machine, because the bits of the sums depend on it.
+that the first segment found, on any machine, because the bits of the sums depend on the size.
 
-If `train.overfit` is set, the run repeats one micro-batch until its loss is below a bound. This shows that everything
-works.
+If `train.overfit` is set, the run repeats one micro-batch until its loss is below a bound. This tests whether the model
+can learn at all.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def _trial(model: ModelConfig, size: int, train: TrainLoopConfig, ranks: Ranks) 
 
 
 def _memory_bytes(ranks: Ranks) -> float:
-    """Bytes that every rank may use."""
+    """The bytes that each rank may use. This is the smallest number of all ranks."""
     if ranks.device.type == "cuda":
         mine = torch.cuda.mem_get_info(ranks.device)[0]
     else:

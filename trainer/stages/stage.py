@@ -1,7 +1,7 @@
 """Defines the interface of a stage of training: the parts that differ between stages.
 
 `trainer.loop` runs every stage with one loop, one way to resume and one ledger. A stage provides the micro-batches,
-the weights that a run begins with, the weights that train, the loss of a micro-batch, and the validation.
+the weights that a run begins with, the weights to train, the loss of a micro-batch, and the validation.
 """
 
 import abc
@@ -57,9 +57,9 @@ class Validation(Protocol):
 class Stage(abc.ABC):
     """Stages are constructed on all ranks before anything is written, so that a wrong setting changes nothing.
 
-    `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
-    of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
-    follows the settings until trainer.loop.course replaces it by the schedule of the run's course.
+    `settings` are the given settings, in which this run replaces some values: the micro-batch size that fits, the
+    number of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens.
+    `schedule` follows the settings until trainer.loop.segment replaces it by the schedule of the run's course.
     """
 
     name: str  # in the ledger
@@ -137,7 +137,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def describe_data(self, model: GPT) -> list[str]:
-        """Lines on the model and the data."""
+        """Lines about the model and the data."""
 
     @abc.abstractmethod
     def describe_epochs(self) -> str:
@@ -164,9 +164,10 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def objective(self, model: GPT, share: float) -> nn.Module:
-        """A module whose forward(micro_batch) is the loss of a micro-batch. The loss of a step is the mean of these.
+        """A module whose forward(micro_batch) gives the loss of the micro-batch.
 
-        Its backward pass gives the gradient of `share` times the loss.
+        The backward pass of the module gives the gradient of `share` times this loss. The loss of a step is the mean
+        over its micro-batches.
         """
 
     @abc.abstractmethod

@@ -69,7 +69,7 @@ class Tuning(Stage):
             steps = max(1, math.ceil(settings.train.epochs * self.items / max(1, per_step)))
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         super().__init__(settings, start.model, length, ranks)
-        self.digest = ""  # checksum of the weights that adapters belong to
+        self.digest = ""  # hash of the weights that the adapters are trained on
         self._opened: TrainedModel | None = None  # the starting model, until `fill` has copied it
 
     @abc.abstractmethod
@@ -156,7 +156,7 @@ class Tuning(Stage):
     def describe_data(self, model: GPT) -> list[str]:
         training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return [
-            f"model: {model.parameter_count():,} parameters of {self.start.where}, of which {training:,} train",
+            f"model: {model.parameter_count():,} parameters of {self.start.where}, of which {training:,} are trained",
             self.examples.report,
         ]
 

@@ -1,10 +1,10 @@
 """Reads the prompts of a synthesis and stores every call and answer, so that no answer is lost or paid for twice.
 
-    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.run.journal)
+    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      (a journal per segment, see core.run.journal)
 
-The event `begun` is stored before a call, with the call's maximum cost. `answer`, `left_out` or `failed` is stored
-after it, with the actual cost. If the process was killed during a call, the call has no second event. Such a call
-counts at its maximum cost.
+The event `begun` is stored before a call, with the call's maximum cost. The event `answer`, `left_out` or `failed` is
+stored after the call, with the actual cost. If the process was killed during a call, the call has no second event. Such
+a call counts at its maximum cost.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ PAUSE_SECONDS = 1.0  # time between two attempts to store events
 
 @dataclass(frozen=True)
 class Prompt:
-    """`digest` is a hash of the text without case and extra white space. Prompts with one digest count as equal."""
+    """`digest` is a hash of the text without case and extra white space. Prompts with the same digest are equal."""
 
     messages: tuple[dict[str, str], ...]
     digest: str
@@ -42,7 +42,7 @@ class Prompts:
 def read_prompts(uri: str) -> Prompts:
     """Reads the lines of a .txt file, or rows of a .jsonl file with `prompt` or `messages`.
 
-    Raises DataError that names the line.
+    Raises a DataError that names the malformed line.
     """
     if not uri.endswith((".txt", ".jsonl")):
         raise DataError(f"{uri}: unknown kind of file; give .txt with a prompt per line, or .jsonl")
@@ -87,7 +87,7 @@ class StoredAnswers:
         """Adds the answer of an event. The cost of the call is not added."""
         if event["event"] == "answer":
             self.rows[event["key"]] = event["row"]
-            self.left_out.pop(event["key"], None)  # an earlier call was declined, and this one was answered
+            self.left_out.pop(event["key"], None)  # an earlier call may have been declined
         elif event["event"] == "left_out":
             self.left_out[event["key"]] = event["why"]
 
@@ -99,13 +99,15 @@ def read_answers(run_url: str) -> StoredAnswers:
     for segment in sorted(storage.list_names(folder)):
         events, problems = journal.read(storage.join(folder, segment))
         if problems:
-            raise DataError(f"{problems[0]}; restore it from a backup, or delete it to have its prompts asked again")
+            raise DataError(
+                f"{problems[0]}; restore this file from a backup, or delete it: its prompts are then asked again"
+            )
         open_calls: dict[str, float] = {}
         for number, event in enumerate(events):
             if not _is_event(event):
                 raise DataError(
                     f"{storage.join(folder, segment)}: event {number} is damaged or was not written by this "
-                    "program; restore this folder from a backup, or delete it to have its prompts asked again"
+                    "program; restore this folder from a backup, or delete it: its prompts are then asked again"
                 )
             if event["event"] == "begun":
                 open_calls[event["key"]] = event["usd"]

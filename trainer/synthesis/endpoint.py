@@ -55,7 +55,7 @@ class TransientError(Exception):
 class RejectedPrompt(Exception):
     """The endpoint refuses this prompt. A retry would not help.
 
-    `unclear`: the refusal may also concern the parameters, so that all prompts would be refused.
+    If `unclear` is true, the refusal may also concern the parameters. All prompts would then be refused.
     """
 
     def __init__(self, why: str, unclear: bool):
@@ -78,7 +78,7 @@ class Budget:
         return input_tokens * self._input + output_tokens * self._output
 
     def usd_at_most(self, messages: Messages, max_tokens: int) -> float:
-        """Maximum cost of a call: at most one token per byte of its text."""
+        """The maximum cost of a call. A text has at most one token per byte."""
         size = sum(len(message["content"].encode()) + TOKENS_PER_MESSAGE for message in messages)
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 
@@ -147,7 +147,7 @@ class EndpointClient:
         except aiohttp.ClientConnectorError as error:
             raise TransientError(f"cannot be reached ({type(error).__name__})", 0.0) from error
         except TimeoutError as error:
-            # The endpoint may bill the call, so it counts at its maximum cost.
+            # The endpoint may bill the call, so the call counts at its maximum cost.
             raise TransientError(f"gave no answer within {self._config.timeout_seconds:g} s", most) from error
         except (aiohttp.ClientError, ValueError) as error:
             raise TransientError(f"broke off ({type(error).__name__})", most) from error

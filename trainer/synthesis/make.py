@@ -1,8 +1,8 @@
 """Makes rows for fine-tuning with a large model behind an OpenAI-compatible endpoint.
 
-Asks each prompt until it has the wanted number of answers, with at most `endpoint.concurrency` calls at a time. Makes
-no call that could exceed the budget. Stores each answer before it goes on. At the end, writes the example set without
-duplicates, with the provenance of each row.
+`run` asks each prompt until it has the wanted number of answers, with at most `endpoint.concurrency` calls at a time.
+It makes no call that could exceed the budget, and stores each answer before it goes on. At the end, it writes the
+example set without duplicates, with the provenance of each row.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
 GIVE_UP_AFTER = 5  # after this many prompts in a row without an answer, the endpoint counts as down
-# If this many prompts are refused for an unclear reason before the first answer, the reason is not in the prompts.
+# If this many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
 REFUSED_AT_FIRST = 20
 DECLINED = "declined"
 SCHEMA = "conversations"
@@ -86,7 +86,7 @@ class Maker:
         self._segment = segment
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # keys of refused prompts, with the reason, which may concern all prompts
+        self._unclear: dict[str, str] = {}  # refused prompts by key, with a reason that may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._capped = self._asked_to_stop = False
@@ -120,14 +120,14 @@ class Maker:
             )
         if self._capped:
             log.warning(
-                "stopped by the cap on the machines: %s; go on with a larger run.max_usd and the same command",
+                "stopped by the cap on the machines: %s; to continue, raise run.max_usd and repeat the command",
                 self._segment.cap.describe(),
             )
             return CAPPED
         if self._out_of_money:
             log.warning(
-                "stopped by the budget: $%.4f of $%g spent, and one more call could exceed it; go on with a larger "
-                "budget.max_usd and the same command",
+                "stopped by the budget: $%.4f of $%g spent, and one more call could exceed it; to continue, raise "
+                "budget.max_usd and repeat the command",
                 self.budget.spent_usd,
                 self.budget.max_usd,
             )
@@ -145,7 +145,7 @@ class Maker:
         if self._unclear:
             return EndpointError(
                 f"{_host(self._settings)}: refused {len(self._unclear)} of {count} prompts and answered none, the last "
-                f"because it {list(self._unclear.values())[-1]}; these refusals are not stored: correct what it names, "
+                f"because it {list(self._unclear.values())[-1]}; these refusals are not stored: correct the cause, "
                 "then run the same command; other prompts need another run.url"
             )
         return EndpointError(
@@ -230,7 +230,7 @@ class Maker:
         if self._failing >= GIVE_UP_AFTER:
             raise EndpointError(
                 f"{client.host}: {self._failing} prompts in a row got no answer in "
-                f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it is up, then "
+                f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it runs, then "
                 "start the same command again"
             )
 

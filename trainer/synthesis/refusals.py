@@ -14,8 +14,8 @@ from typing import Any, Literal
 from core import secrets
 
 # The kinds of refusals. again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters
-# are refused. setting: a parameter is refused that every call has. credit: the account is empty. key, address:
-# OPENAI_API_KEY or endpoint.url.
+# are refused. setting: a parameter of all calls is refused. credit: the account has no credit left. key: OPENAI_API_KEY
+# is wrong. address: endpoint.url is wrong.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
@@ -46,7 +46,7 @@ _MODERATION = re.compile(
     r"\bflagged\b|moderation|content (management )?polic|content.?filter|safety (system|filter|polic)|usage polic|"
     r"inappropriate content"
 )
-# "Your account was flagged" says nothing about a prompt.
+# A refusal of moderation must also have one of these words: "Your account was flagged" does not concern a prompt.
 _ON_A_PROMPT = re.compile(r"\b(prompt|input|content|messages?)\b")
 _LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 _LENGTH = re.compile(r"context (length|window|size)|prompt is too long|input is too long|too many (input )?tokens")
@@ -75,8 +75,8 @@ class _Body:
 
 
 def sort(status: int, data: bytes, sent: Mapping[str, Any]) -> Refusal:
-    """Sorts the response to a call with the parameters `sent`; they include `system` if every call has one."""
-    # The body of a 401 may repeat the key, or most of it.
+    """Sorts the response to a call with the parameters `sent`, which include `system` if there is a system message."""
+    # The body of a 401 may repeat the key, or most of it, so it is not quoted.
     said = "" if status == 401 else secrets.scrub(" ".join(data.decode(errors="replace").split()))[:200]
     body = _read(data)
     if status == 402 or (400 <= status < 500 and (body.codes & _CREDIT_CODES or _CREDIT.search(body.text))):

@@ -67,7 +67,7 @@ def gather(trained: TrainedModel, evaluations: Sequence[Mapping[str, Any]]) -> F
 
 
 def write(trained: TrainedModel, facts: Facts, dtype: str, curve: str | None, gguf: str | None = None) -> str:
-    """The card as Markdown with the Hub's front matter. `curve` and `gguf` name files beside it."""
+    """The card as Markdown with the Hub's front matter. `curve` and `gguf` name files of the same folder."""
     kind = huggingface.kind_of(trained.model.config)
     name = (trained.run_url or trained.name).rstrip("/").rpartition("/")[2]
     library = "gguf" if gguf else "transformers"
@@ -111,7 +111,7 @@ def _model(trained: TrainedModel, kind: str, dtype: str) -> str:
         f"- vocabulary: GPT-2's {GPT2_VOCAB_SIZE:,} byte pairs",
     ]
     if config.padded_vocab_size > GPT2_VOCAB_SIZE:
-        lines.append(f"- {config.padded_vocab_size - GPT2_VOCAB_SIZE} rows that padded it in training are removed")
+        lines.append(f"- {config.padded_vocab_size - GPT2_VOCAB_SIZE} rows that padded the vocabulary are removed")
     unusual = {key: value for key, value in chosen.items() if key not in ("layers", "heads", "width", "context")}
     if unusual:
         lines.append(f"- differs from GPT-2: {', '.join(f'{key} {value}' for key, value in unusual.items())}")

@@ -34,7 +34,7 @@ PUBLIC = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "
 
 
 def is_public(where: str) -> bool:
-    """Whether this names a model on the Hub: hf:OWNER/NAME[@REVISION], or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    """Whether `where` is a model on the Hub: hf:OWNER/NAME[@REVISION], gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     return where in PUBLIC or where.lower().startswith("hf:")
 
 
@@ -82,7 +82,7 @@ def resolve(where: str) -> str:
         )
     except errors.LocalEntryNotFoundError as error:
         raise StorageError(
-            f"{where}: the Hub cannot be reached, and it was not downloaded before; go online once, or name a folder"
+            f"{where}: the Hub cannot be reached, and it was not downloaded before; connect once, or name a folder"
         ) from error
     except Exception as error:  # the library raises errors of its HTTP client and of the system, too
         raise StorageError(f"{where}: cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
@@ -176,9 +176,9 @@ def check_empty(where: str) -> None:
 
 
 def store(folder: Path, where: str, resumes: bool = False) -> None:
-    """Copies a local folder to a URL. Raises ConfigError if the URL holds objects, unless it `resumes` such a copy.
+    """Copies a local folder to a URL. If `resumes` is false, raises ConfigError if the URL holds objects.
 
-    config.json is written last, so a reader that finds it also finds all other files.
+    config.json is written last, so a reader that finds config.json also finds all other files.
     """
     if not resumes:
         check_empty(where)

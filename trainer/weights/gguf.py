@@ -1,6 +1,6 @@
 """Writes one GGUF file for llama.cpp and compatible programs, with the `gguf` library (pip install gguf).
 
-These programs support GPT-2 and Llama only. For rotary positions, these programs rotate adjacent dimensions (2i, 2i+1).
+These programs support GPT-2 and Llama only. In rotary positions, they rotate pairs of adjacent dimensions (2i, 2i+1).
 Our models rotate dimensions that are half a head apart, so the rows of a Llama's queries and keys are reordered.
 """
 
@@ -28,7 +28,7 @@ def write(
     name: str,
     chat_template: str,
 ) -> None:
-    """Raises ConfigError for an architecture that GGUF's readers do not support, or if the library is missing."""
+    """Write the file. Raises ConfigError if GGUF's readers do not support the model, or if the library is missing."""
     kind = huggingface.kind_of(config)
     if kind == huggingface.OWN:
         raise ConfigError(

@@ -197,7 +197,7 @@ def _own_config(document: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _mlp_width(stated: int | None, width: int) -> int:
-    """Value of the setting mlp_width. Its default, 0, stands for 4 times the model's width."""
+    """Value of the setting mlp_width. The default 0 means 4 times the model's width."""
     return 0 if stated in (None, 4 * width) else stated
 
 
@@ -229,9 +229,9 @@ def to_hub(config: ModelConfig, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
-    """`transformers`' weights by our names. `kind` and `config` come from the config.json beside them.
+    """`transformers`' weights by our names. `kind` and `config` come from the config.json of the same folder.
 
-    Raises CheckpointError if a Llama lacks a tensor. The caller compares names and shapes with the model's.
+    Raises CheckpointError if a Llama lacks a tensor. The caller compares names and shapes with those of the model.
     """
     tensors = _without_wrappers(tensors, where)
     if kind == "gpt2":
@@ -265,7 +265,7 @@ def _without_wrappers(tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
 def _tied_once(config: ModelConfig, tensors: Tensors, *embeddings: str) -> dict[str, torch.Tensor]:
     """The tensors, with a tied embedding under one name only.
 
-    Some files store it under two names, or only under the head's name.
+    Some files store a tied embedding under two names, or only under the head's name.
     """
     left = dict(tensors)
     if config.tie_embeddings and "lm_head.weight" in left:

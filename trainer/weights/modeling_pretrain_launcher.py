@@ -162,7 +162,7 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past)
 
     def _mask(self, input_ids, attention_mask, past, before):
-        """Attention mask, (B, 1, T, S). None stands for a causal mask without earlier positions."""
+        """Attention mask, (B, 1, T, S), or None for a causal mask without earlier positions."""
         document_mask = self.config.choices["document_mask"]
         if attention_mask is None and not document_mask and not before:
             return None

@@ -63,7 +63,7 @@ class TrainedModel:
 
     @property
     def encoding(self):
-        """The tiktoken encoding of its vocabulary. Raises the errors of `vocabulary`."""
+        """The tiktoken encoding of the model's vocabulary. Raises the errors of `vocabulary`."""
         return self.vocabulary.encoding()
 
     @functools.cached_property
@@ -97,7 +97,7 @@ def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = N
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
     """The pair (name, state) of a model.
 
-    The name refers to the same weights forever: for a run, it is the name of its newest checkpoint.
+    The name always refers to the same weights. For a run, it is the name of the newest checkpoint.
     """
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
@@ -109,8 +109,8 @@ def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
 def open_weights(where: str, device: torch.device, above: tuple[str, ...] = ()) -> TrainedModel:
     """Opens the model of a run, a checkpoint, a folder in Hugging Face's format or a public name.
 
-    `above` are the checkpoints whose adapters belong to these weights. Raises CheckpointError for weights that are
-    missing, damaged, or of another architecture or vocabulary.
+    `above` are the checkpoints whose adapters belong to this model, to detect a cycle. Raises CheckpointError for
+    weights that are missing, damaged, or of another architecture or vocabulary.
     """
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):

@@ -70,14 +70,14 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
 
 @functools.lru_cache(maxsize=1)
 def merges_of(vocabulary: Vocabulary) -> list[str]:
-    """Lines of merges.txt in order of rank. To recover them takes a second."""
+    """Lines of merges.txt in order of rank. The result is cached, because this takes a second."""
     return [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Recovers the pair that was merged into each token, in order of rank. Single bytes have none.
+    """Recovers the pair that was merged into each token, in order of rank. Single bytes have no pair.
 
-    If the bytes of a token are merged with the merges of lower rank only, exactly two parts remain. These are its pair.
+    If the bytes of a token are merged only by merges of lower rank, two parts remain. These two parts are its pair.
     """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
