@@ -69,7 +69,7 @@ def words_beside_code(line: str) -> int:
 def paragraphs(file: Path) -> Iterator[Text]:
     """Paragraphs, list items and table rows of a Markdown file, without code. Rows of docs/parity.md are left out."""
     name = file.relative_to(ROOT).as_posix()
-    heading, kind, started, block = "", "", 0, []
+    heading, titles, kind, started, block = "", "", "", 0, []
     fenced = False
     lines = file.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate([*lines, ""], 1):
@@ -88,9 +88,10 @@ def paragraphs(file: Path) -> Iterator[Text]:
         elif line.startswith("#"):
             heading = line.lstrip("# ")
         elif begins_row:
-            titles = number < len(lines) and lines[number].startswith("|--")
-            if not titles and name != "docs/parity.md" and words_beside_code(line) >= WORDS:
-                yield Text(f"{name}:{number}", f"row; {heading}", line)
+            if number < len(lines) and lines[number].startswith("|--"):
+                titles = line
+            elif name != "docs/parity.md" and words_beside_code(line) >= WORDS:
+                yield Text(f"{name}:{number}", f"row; {heading}; columns: {titles}", line)
         elif block:
             block.append(line)
         elif not marked and (item or not line.startswith("    ")):

@@ -102,7 +102,6 @@ def test_from_a_text_file_to_dollars(tmp_path: Path, vocab_bpe: Path):
     settings = {
         "VOCAB_URL": str(vocab_bpe),
         "SOURCE": "input.txt",
-        "CONFIG": "trainer/configs/debug.yaml",
         "RUN": "first",
         "TRAIN_ARGS": f"{small} --train.steps=4 --optimizer.warmup_steps=1 --train.sample_prompts='O my'",
         "USD_PER_HOUR": "0.40",
@@ -110,8 +109,8 @@ def test_from_a_text_file_to_dollars(tmp_path: Path, vocab_bpe: Path):
         "PATH": f"/usr/bin:/bin:{tmp_path}",
     }
     environment = {**{name: os.environ[name] for name in ("HOME",) if name in os.environ}, **settings}
-    for what in ("prep", "train"):
-        done = warm.run([sys.executable, "-m", "launch.here", what], cwd=tmp_path, env=environment)
+    for what, given in (("prep", {}), ("train", {"CONFIG": "trainer/configs/debug.yaml"})):
+        done = warm.run([sys.executable, "-m", "launch.here", what], cwd=tmp_path, env=environment | given)
         assert done.returncode == 0, done.stdout + done.stderr
     run: Run = read_run(str(tmp_path / "runs/first"))
     assert run.last_step == 4
