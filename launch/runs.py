@@ -36,7 +36,7 @@ from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
 FOLDERS += ("refused",)
-# Objects by which two runs can be told apart, even if both had the same URL.
+# Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
 # The beginning of a line that already contains its time, as the log lines of this project do.
@@ -91,7 +91,7 @@ def status(arguments: list[str]) -> int:
 
 
 def logs(arguments: list[str]) -> int:
-    """Show a job's output from SkyPilot while it runs, or from the bucket, which keeps every machine's output."""
+    """Show a job's output: from SkyPilot while the job runs, or from the bucket, which keeps all output."""
     stored = arguments[:1] == ["--stored"]
     if not arguments:
         return _follow(_of_newest(), "all output of a run is in the bucket: make logs FROM=bucket RUN=...")
@@ -222,7 +222,7 @@ def name_of(run_url: str) -> str:
 
 
 def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
-    """Raises DataError for a name that leads out of `folder`."""
+    """The path of an object's local copy. Raises DataError for a name that leads out of `folder`."""
     return untrusted.inside(Path(folder), info.uri.removeprefix(f"{run_url}/"), run_url)
 
 
@@ -271,7 +271,7 @@ def fetch(wanted: list[ObjectInfo], run_url: str, folder: str) -> list[ObjectInf
 
 
 def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
-    """run.json, the objects of FOLDERS, and the newest complete checkpoint. Raises ObjectNotFound without a run."""
+    """run.json, the objects of FOLDERS, and the newest complete checkpoint. Raises ObjectNotFound without run.json."""
     root = run_url.rstrip("/")
     if not any(info.uri == f"{root}/run.json" for info in objects):
         raise ObjectNotFound(f"{root}/run.json: there is no run here; check RUN and BUCKET")

@@ -50,9 +50,9 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Called on the head node.
+    """Check, on the head node of several nodes, the port at which all ranks meet.
 
-    Raises ConfigError if another program uses the port at which the ranks of several nodes meet.
+    Raises ConfigError if another program uses the port.
     """
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
