@@ -4,8 +4,8 @@
 
 A cell is one of four events at one of six stages of a launch. The kind of launch (on demand or managed) and the cloud
 (AWS or Lambda) alternate, so that each kind and each cloud occurs with every event and at every stage. Each cell has a
-separate emulated computer: a home folder with SkyPilot's API server. It runs `launch.submit` of sky/prep-data.yaml,
-whose container and preparation are real. The events:
+separate emulated computer: a home folder with SkyPilot's API server. This computer runs `launch.submit` with
+sky/prep-data.yaml. The container and the preparation are real. The events:
 
     ctrl-c   SIGINT to the launcher
     kill     SIGKILL to the launcher and to SkyPilot's server, as when the computer is lost

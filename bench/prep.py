@@ -3,14 +3,14 @@
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
-End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
-machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
-map). The server's data is in --store. A folder in memory is fast enough for the fastest side; a small disk may not be.
-The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
-size). On a shared machine, compare the CPU seconds of the sides. The server's CPU seconds are listed separately,
-because with a remote store they would not be spent on this machine. If --where=folder is given, no server runs, and
-parquet files and shards are in a folder of --store. The side `read` is our reader alone. It is the upper bound of the
-speed. bench/corpus.py describes the text.
+End to end, parquet files in a bucket become token shards in the same bucket. An S3 server on loopback holds the bucket
+and shares all cores of this machine. If --kind=csv is given, the source is CSV files, which `ours` also reads through
+datasets. Then give --sides=ours,map. The server's data is in --store. A folder in memory is fast enough for the fastest
+side; a small disk may not be. The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole
+process tree (proportional set size). On a shared machine, compare the CPU seconds of the sides. The server's CPU
+seconds are listed separately, because with a remote store they would not be spent on this machine. If --where=folder is
+given, no server runs, and parquet files and shards are in a folder of --store. The side `read` is our reader alone. It
+is the upper bound of the speed. bench/corpus.py describes the text.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from demo.s3_server import S3Server
 # Seconds between two samples of the memory of all processes. A sample takes 15 ms on the cores that the measured side
 # also uses.
 SAMPLE_SECONDS = 0.5
-# Time limit in seconds. It is long enough for a side, its server and their files.
+# Bytes of memory to touch before a side is measured. They suffice for a side, its server and their files.
 PAGES_BYTES = 3 << 30
 
 

@@ -11,7 +11,7 @@ host reads a value of a tensor. On a GPU, the host would wait at each of these p
 the previous step, which has ended by then. The numbers are those of the last rank. The work is divided by size, so
 ranks that own rows of the embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a
 checkout of another commit. In commits before Muon's batches, AdamW was fused on a GPU only. On a CPU, it read its step
-counters, which are tensors; these reads are in the counts.
+counters, which are tensors. The counts of such commits contain these reads.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:
 
 
 def count_steps(settings: PretrainConfig, world: int) -> dict[str, Any]:
-    """Counts of one step of the trainer's loop, after some other steps."""
+    """Counts of one step of the trainer's loop, after WARM_UP other steps."""
     import torch
 
     torch.set_num_threads(1)

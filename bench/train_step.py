@@ -6,11 +6,11 @@ All sides use one device, and the same model, batch and precision. Each runs as 
 table shows medians. `ours` is the step of the trainer's loop. `plain` is the step of teaching code (complete logits,
 torch's AdamW); on a GPU it is also measured compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and
 modded-nanogpt. `before` is our step in another checkout of this project (--before). Tokens are random, or the first
-ones of a dataset (--data); bench.loader measures reading.
+tokens of a dataset (--data). bench.loader measures the reading of tokens.
 
 The roofline is the lower bound of a step's time. It is the longer of two times. The first is the time of the matrix
-products at the device's peak, which is that of core.gpus or, on a CPU, measured with a large product. The second is the
-time to read and write weights, gradients and optimizer state once.
+products at the device's peak FLOP/s. core.gpus lists the peak of a GPU; on a CPU, a large product measures the peak.
+The second is the time to read and write weights, gradients and optimizer state once.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def _toggle(options: argparse.Namespace) -> None:
 
 
 def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> list:
-    """The micro-batches of a step, each (sequences, context + 1); every step uses the same."""
+    """The micro-batches of a step, each (sequences, context + 1). Every step uses the same micro-batches."""
     import torch
 
     shape = (settings.batch.micro_batch_size, settings.model.context + 1)

@@ -1,4 +1,4 @@
-"""Compares a run that is killed and resumed with an uninterrupted one, bit by bit; a measurement of bench.on_gpu.
+"""Compares a run that is killed and resumed with an uninterrupted run, bit by bit; a measurement of bench.on_gpu.
 
     python -m bench.gpu.resume --work=FOLDER -- CONFIG.yaml --data.url=... [more settings]
 

@@ -36,7 +36,7 @@ def _compiled_muon() -> None:
 
 
 def _float32_sums() -> None:
-    """Round each chunk's product for the output layer's gradient before adding it."""
+    """Round the product of each chunk before it is added to the gradient of the output layer."""
     from trainer.model import loss
 
     loss.SUM_IN_FLOAT32 = False
