@@ -173,10 +173,7 @@ def fetch(
 
 
 def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
-    """Raises DataError for a file that would be imported twice.
-
-    It may be named for both splits, or under two names for one split.
-    """
+    """Raises DataError for a file that would be imported twice: in both splits, or in one split under two names."""
     train, val = files["train"], files.get("val", ())
     remedy = "narrow source.train_url, for example to *train*, or leave source.val_url empty"
     places: dict[str, str] = {}
@@ -314,7 +311,7 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
 
 
 def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
-    """Whether the finished shards of another plan are the same as this plan would make."""
+    """Whether the finished shards of another plan are the shards that this plan would make."""
     wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
     records = {name: _record(data_url, name) for name in finished}
     return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())

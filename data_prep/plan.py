@@ -37,7 +37,7 @@ VERSION = 1
 TAIL_BYTES = 64 << 10
 LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; each source file takes about 250 bytes
 LISTING_THREADS = 32
-# Settings that name the source. The files in the plan define the result, not the source's name.
+# Settings that name the source. The result depends on the files in the plan, and not on these names.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
 # Settings that choose which parts are used, and do not change the content of a part.
@@ -224,10 +224,10 @@ def _begun_revision(config: PrepConfig) -> str:
 
 
 def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tuple[PrepPlan, bool]:
-    """Stores the plan below `data_url`, or accepts an equal one. Returns the stored plan, and whether it is complete.
+    """Stores the plan below `data_url`, or accepts an equal stored plan.
 
-    A new plan replaces the old one if no part is finished, or if `accepts(finished parts, old plan)` returns true; by
-    default `accepts` is `PrepPlan.accepts`.
+    Returns the plan, and whether the dataset is complete. A new plan replaces the old one if no part is finished, or if
+    `accepts(finished parts, old plan)` returns true; by default `accepts` is `PrepPlan.accepts`.
 
     Raises DataError if another source, seed or setting was used there. Raises StorageError if `data_url` is not
     writable.

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         with log_of_node as segment:
-            # The set is stored before the hours of work, because the Hub may refuse the download.
+            # HellaSwag is stored before the hours of work, because the Hub may refuse the download.
             if config.node_rank == 0:
                 hellaswag.ensure(config.data.url, config.evaluation_sets)
             check = functools.partial(booking.check_cap, segment, config.data.url, config.max_usd)

@@ -21,8 +21,8 @@ from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 
 KEY_BYTES = 16
-# Within a part, the share of bad rows is checked once this number of rows is read. It is checked again for the whole
-# dataset.
+# Within a part, the share of bad rows is checked once this number of rows is read. The share is checked again for the
+# whole dataset.
 JUDGED_ROWS = 1000
 
 
