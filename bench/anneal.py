@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
-    """For each other way, and for each seed, its loss minus the loss of the run by dollars."""
+    """The loss of each other way minus the loss by dollars, for each seed."""
     return {
         name: [
             round(each["val_loss"] - ours["val_loss"], 4)

@@ -169,7 +169,7 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
-    corpus = folder.parent  # in a folder that stays, so that the next call finds the text
+    corpus = folder.parent  # this folder is kept, so that the next call finds the text
 
     def measure(tree: Path) -> Figures:
         figures = {}

@@ -160,7 +160,7 @@ def _residuals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The residuals of the runs and of the priors, each divided by its error.
 
-    Also the derivatives of the residuals by each value.
+    The second array holds the derivatives of the residuals by each value.
     """
     E, ln_A, ln_B, a, b = values[:5]
     place = {name: 5 + index for index, name in enumerate(free)}

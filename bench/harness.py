@@ -142,7 +142,7 @@ def touch_pages(size: int) -> None:
 
 
 def say(text: str, **values: Any) -> None:
-    """Report a result to the process that started this one: `text` for people, `values` for the record."""
+    """Report a result to the process that started this process: `text` for people, `values` for the record."""
     print(_MARK + json.dumps({"text": text, **values}), flush=True)
 
 

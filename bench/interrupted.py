@@ -15,7 +15,7 @@ from bench.emulated import BUCKET, LAB, LAB_ROOT, POLL_SECONDS, PORT, SWITCH_MIN
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
-# The order in which stages are measured. The time may not suffice for all stages, so the most important ones come
+# The order in which stages are measured. The time may not suffice for all stages, so the most important stages come
 # first.
 FIRST = ("provision", "sync", "job", "set-up", "build", "request")
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
@@ -234,7 +234,7 @@ class Trial:
     def _follow(self) -> None:
         """Wait until every machine is gone or has been running for longer than the limit.
 
-        If a machine is still running, let the user come back.
+        If a machine is still running, the user comes back (`_come_back`).
         """
         assert self.launcher
         while True:

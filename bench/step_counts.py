@@ -10,8 +10,7 @@ of the list. `moved` adds the sizes of all tensors that operations read and writ
 host reads a value of a tensor. On a GPU, the host would wait at each of these places. `late` counts reads of values of
 the previous step, which has ended by then. The numbers are those of the last rank. The work is divided by size, so
 ranks that own rows of the embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a
-checkout of another commit. In commits before Muon's batches, AdamW was fused on a GPU only. On a CPU, it read its step
-counters, which are tensors. The counts of such commits contain these reads.
+checkout of another commit.
 """
 
 import argparse
@@ -236,7 +235,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
 
 
 def _counter() -> Any:
-    """A counter. Its classes are defined here, because the module does not import torch."""
+    """A counter of operations. Its classes are defined here, because only functions of this module import torch."""
     from collections import Counter
 
     import torch

@@ -252,7 +252,7 @@ def show(results: dict) -> None:
 
 
 def _peak(runs: dict[str, list[dict]]) -> float | None:
-    """The peak FLOP/s for MFU. It is the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
+    """The peak FLOP/s for MFU: the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
     measured = [run["roofline"]["peak_flops"] for results in runs.values() for run in results]
     return max((each for each in measured if each), default=None)
 

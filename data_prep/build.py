@@ -1,4 +1,4 @@
-"""Prepares a dataset: plans the parts, encodes the missing ones, writes the manifest.
+"""Prepares a dataset: plans the parts, encodes the missing parts, writes the manifest.
 
 An interrupted preparation continues with the missing parts. The result does not depend on interruptions or on the
 number of workers and nodes.

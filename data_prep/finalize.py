@@ -166,7 +166,7 @@ def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
             number += 1
     if tokens < limit or (config.data.val_fraction and not tokens):
         log.warning(
-            "validation has %d tokens, %s; raise data.val_fraction (now %g) in a new set for more",
+            "validation has %d tokens, %s; raise data.val_fraction (now %g) and prepare a new set for more",
             tokens,
             f"not the {limit} that data.val_tokens asks for" if limit else "no document fell into it",
             config.data.val_fraction,

@@ -30,7 +30,7 @@ FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type
 
 
 def ensure(data_url: str, names: Sequence[str]) -> None:
-    """Store those of the evaluation sets `names` that are missing. Raises DataError, StorageError, with the remedy."""
+    """Store the evaluation sets `names`, unless stored already. Raises DataError, StorageError, with the remedy."""
     for name in names:
         if storage.exists(storage.join(data_url, "sets", f"{name}.json")):
             continue

@@ -135,7 +135,7 @@ def _overview(url: str, made: Manifest) -> Table:
 
 
 def _lengths(classes: list[int], kind: str) -> Table:
-    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the previous one."""
+    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the previous class."""
     table = Table(title=f"{kind} by tokens", title_justify="left", box=None)
     table.add_column("tokens", justify="right")
     table.add_column(kind, justify="right")

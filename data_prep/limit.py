@@ -20,9 +20,9 @@ BYTES_PER_TOKEN = 2.8
 def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
     """The parts that the dataset needs, in the random order that the seed determines.
 
-    If the number of tokens is not limited, these are all parts. While a part is unfinished, the number of parts after
-    it is an estimate. If `at_first` is true, the result is the estimate from before any part was finished. This
-    estimate is the same on every node at any time.
+    If the number of tokens is not limited, these are all parts. The tokens of an unfinished part are estimated, so the
+    number of parts may change. If `at_first` is true, every part counts as unfinished. The result is then the same on
+    every node at any time.
     """
     limit = plan.settings.get(LIMIT, 0)
     if not limit:

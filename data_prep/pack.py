@@ -1,4 +1,4 @@
-"""Packs documents into shards of exactly `shard_tokens` tokens. A shard is uploaded while the next one is filled.
+"""Packs documents into shards of exactly `shard_tokens` tokens. A shard is uploaded while the next shard is filled.
 
 An end-of-text token precedes each document. A shard's documents are sorted by a hash of their ids. This shuffle needs
 no random generator and is the same on every machine. A document at the end of a shard continues in the next shard.

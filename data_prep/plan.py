@@ -193,8 +193,8 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 def pinned(url: str, revision: str, data_url: str) -> str:
     """An hf:// address with a commit.
 
-    The commit is that of `revision`, else that of the unfinished preparation at `data_url`, else the newest one. A
-    revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
+    The commit is taken from `revision`, else from the unfinished preparation at `data_url`. Otherwise it is the newest
+    commit. A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """
     if not hub.is_address(url):
         return url
@@ -213,7 +213,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
 def _begun_revision(config: PrepConfig) -> str:
     """The commit that an unfinished preparation of the same dataset at `data.url` uses.
 
-    It is empty if there is no such preparation.
+    The result is "" if there is no such preparation.
     """
     with contextlib.suppress(ObjectNotFound):
         begun = read(config.data.url)

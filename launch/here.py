@@ -82,7 +82,7 @@ def training(given: Mapping[str, str], gpus: Sequence[Gpu]) -> tuple[list[str], 
         "RANKS_PER_NODE": given.get("RANKS_PER_NODE") or str(max(1, len(gpus))),
     }
     if not given.get("USD_PER_HOUR"):
-        print("the price of this computer is not known, so the report shows ?; for dollars set USD_PER_HOUR=0.40, say")
+        print("the price of this computer is not known, so the report shows ? for dollars; set USD_PER_HOUR=0.40, say")
     if not gpus:
         print("no NVIDIA GPU answers (nvidia-smi); training runs on the CPU")
     return ["python", "-m", "launch.node", "-m", "trainer.train", config, *split(given, "TRAIN_ARGS")], added

@@ -34,7 +34,7 @@ from core.stores import aws
 
 ROLE = "pretrain-launcher-node"  # the name of the role and of its instance profile
 CLOUD = Aws.name
-DEFAULT_SERVICE = aws.service_of(None)  # the name of the store if S3 has no other endpoint
+DEFAULT_SERVICE = aws.service_of(None)  # the store of s3:// URLs if no endpoint is set
 POLICY = Path(__file__).parent / "node-policy.json"
 SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
@@ -117,7 +117,7 @@ def policy(url: str) -> dict[str, Any]:
 
 
 def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = None) -> None:
-    """Create the role and its instance profile, or update the policy of existing ones, and write `config`.
+    """Create the role and its instance profile, or update an existing role's policy, and write `config`.
 
     A node ends itself after `minutes` without a sign of life; None means the default of launch/node/switch.py.
     """

@@ -227,10 +227,10 @@ def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
 
 
 def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
-    """Raises RunError if `folder` holds a copy of another run, such as a deleted one that had the same URL.
+    """Raises RunError if `folder` holds a copy of another run, such as a deleted run that had the same URL.
 
     The start object of a segment contains the time, and a run never changes or deletes it. All start objects in a copy
-    must therefore be equal to those of the run.
+    must therefore be equal to the start objects of the run.
     """
     remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
     there = {local_path(info, run_url, folder): info for info in marks}

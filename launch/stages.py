@@ -200,7 +200,7 @@ def _has_hellaswag(data_url: str) -> bool:
 
 
 def in_cents(usd: float) -> str:
-    """A cap as MAX_USD, rounded down."""
+    """The value of MAX_USD for a cap: dollars with two decimals, rounded down."""
     return f"{math.floor(usd * 100 + 1e-6) / 100:.2f}"
 
 

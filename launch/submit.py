@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"usage: python -m launch.submit sky/TASK.yaml [{NO_CHECK}] [options of sky launch]")
     environment.adopt()
-    credentials.inline_google_key(os.environ)  # the key's file does not exist on the node
+    credentials.inline_google_key(os.environ)  # the node has no file with the key
     path, *options = arguments
     return submit(path, options, os.environ)
 

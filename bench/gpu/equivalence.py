@@ -1,4 +1,4 @@
-"""Compares loss and all gradients of compiled blocks with the plain model's; a measurement of bench.on_gpu.
+"""Compares compiled blocks with the plain model by the loss and all gradients; a measurement of bench.on_gpu.
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 

@@ -58,7 +58,7 @@ def look(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def exact(place: Place, record: Record) -> Iterator[Measurement]:
-    """Compares compiled with plain blocks, and a killed run with an uninterrupted one.
+    """Compares compiled with plain blocks, and a killed run with an uninterrupted run.
 
     Measures the cost of determinism.
     """

@@ -3,7 +3,7 @@
     python -m bench.gpu.steps --without=late-reads,batches ...
 
 Each function switches off one optimization: it replaces a part of the trainer in this process by a simpler part with
-the same result up to rounding. The names of the optimizations can be read without torch.
+the same result up to rounding. Only these functions import torch, so that a program can list the names without torch.
 """
 
 from collections.abc import Callable, Mapping

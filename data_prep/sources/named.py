@@ -185,7 +185,7 @@ def _full_name(source: SourceConfig) -> str:
 
 @contextlib.contextmanager
 def explained(source: SourceConfig, revision: str) -> Iterator[None]:
-    """Converts refusals of the Hub to a ConfigError about the setting."""
+    """Converts a refusal by the Hub to a ConfigError that names the setting."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:

@@ -54,7 +54,7 @@ def read(
 ) -> Iterator[pa.RecordBatch]:
     """Yields batches of `columns` in file order. Calls `fetched(count)` with the bytes of each group that has arrived.
 
-    Raises DataError for a damaged file, StorageError if it cannot be fetched.
+    Raises DataError for a damaged file, and StorageError for a failed request.
     """
     metadata = _metadata(part.file.uri, part.file.size)
     groups = _groups(metadata, part, columns)
