@@ -3,11 +3,15 @@
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
 A tree is a checkout with its own `.venv` (`make setup`). In each round, a measurement runs once in each tree, where it
-is started as a user would start it. The table shows medians and the ratio of seconds. A ratio above 1 means that this
-tree, `after`, is slower than `before`. Rates are shown as seconds per million. `report` measures the cost report of a
-run of 10,000 segments in a local folder, and the start of the program. `storage` measures small requests to an S3
-server on loopback. The other rows come from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared
-machine, CPU seconds are more reliable than wall-clock time.
+is started as a user would start it:
+
+    report                               the cost report of a run of 10,000 segments, and the start of the program
+    storage                              small requests to an S3 server on loopback
+    loader, checkpoint, restart, prep    the benchmark of this name
+
+The table shows medians and the ratio of seconds. A ratio above 1 means that this tree, `after`, is slower than
+`before`. Rates are shown as seconds per million. On a shared machine, CPU seconds are more reliable than wall-clock
+time.
 """
 
 import json

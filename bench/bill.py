@@ -5,11 +5,15 @@ The charge follows from the cloud's log of its machines.
     LAB_DIR=… python -m bench.bill --scratch=FOLDER --out=FILE [--only=CASE ...]
 
 Each case runs the debug preset with the real SkyPilot, on AWS or Lambda, and ends when its machines are gone. The
-report is made as on a user's computer: from SkyPilot's records and the clouds' answers. A case holds if its total is
-within half a percent of the charge, or if the charge is within the printed range and the range is narrow. A narrow
-range is at most five percent wide, or at most a heartbeat and a billed minute for each machine. Each finished case is
-stored in FILE, and a second call runs the cases that are missing. The emulated cloud must be up, with the images `prep`
-and `train` prepared and the token set `small` in its bucket (tests/test_launch_lab.py prepares both).
+report is made as on a user's computer: from SkyPilot's records and the clouds' answers.
+
+A case holds if its total is within half a percent of the charge, or if the charge is within the printed range and the
+range is narrow. A narrow range is at most five percent wide, or at most a heartbeat and a billed minute for each
+machine.
+
+Each finished case is stored in FILE, and a second call runs the cases that are missing. The emulated cloud must be up,
+with the images `prep` and `train` prepared and the token set `small` in its bucket (tests/test_launch_lab.py prepares
+both).
 """
 
 import argparse

@@ -14,10 +14,11 @@ sky/prep-data.yaml. The container and the preparation are real. The events:
 
 A machine counts as gone when its cloud no longer lists it, or lists it as terminated. The time limit is SWITCH_MINUTES
 plus two minutes. The limit counts from the latest of three times: the interruption, the machine's start, and the
-machine's last sign of life. If machines are still running after the limit, the computer comes back and ends them: on
-Lambda by `launch.watch` with a limit of one minute, elsewhere by `launch.down`. Each finished cell is stored in FILE,
-and a second call runs the cells that are missing. The emulated cloud must be up, with the project's `prep` image
-prepared.
+machine's last sign of life.
+
+If machines are still running after the limit, the computer comes back and ends them: on Lambda by `launch.watch` with a
+limit of one minute, elsewhere by `launch.down`. Each finished cell is stored in FILE, and a second call runs the cells
+that are missing. The emulated cloud must be up, with the project's `prep` image prepared.
 """
 
 import argparse

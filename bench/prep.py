@@ -3,14 +3,16 @@
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
-End to end, parquet files in a bucket become token shards in the same bucket. An S3 server on loopback holds the bucket
-and shares all cores of this machine. If --kind=csv is given, the source is CSV files, which `ours` also reads through
-datasets. Then give --sides=ours,map. The server's data is in --store. A folder in memory is fast enough for the fastest
-side; a small disk may not be. The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole
-process tree (proportional set size). On a shared machine, compare the CPU seconds of the sides. The server's CPU
-seconds are listed separately, because with a remote store they would not be spent on this machine. If --where=folder is
-given, no server runs, and parquet files and shards are in a folder of --store. The side `read` is our reader alone. It
-is the upper bound of the speed. bench/corpus.py describes the text.
+End to end, parquet files in a bucket become token shards in the same bucket. The side `read` is our reader alone, which
+is the upper bound of the speed. If --kind=csv is given, the source is CSV files; then give --sides=ours,map.
+
+An S3 server on loopback holds the bucket below --store and uses the same cores. A folder in memory is fast enough for
+the fastest side; a small disk may not be. If --where=folder is given, no server runs, and all files are in a folder
+below --store.
+
+The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
+size). On a shared machine, compare the CPU seconds. The server's CPU seconds are listed separately, because with a
+remote store they would not be spent on this machine. bench/corpus.py describes the text.
 """
 
 import argparse

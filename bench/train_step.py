@@ -2,11 +2,15 @@
 
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
-All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
-table shows medians. `ours` is the step of the trainer's loop. `plain` is the step of teaching code (complete logits,
-torch's AdamW); on a GPU it is also measured compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and
-modded-nanogpt. `before` is our step in another checkout of this project (--before). Tokens are random, or the first
-tokens of a dataset (--data). bench.loader measures the reading of tokens.
+All sides use one device, and the same model, batch and precision. Each side runs as a process, in interleaved rounds.
+The table shows medians.
+
+    ours     the step of the trainer's loop
+    before   our step in another checkout of this project (--before)
+    plain    the step of teaching code (complete logits, torch's AdamW); on a GPU it is also measured compiled
+    others   nanoGPT, build-nanogpt and modded-nanogpt, if FOLDER holds their checkouts
+
+Tokens are random, or the first tokens of a dataset (--data). bench.loader measures the reading of tokens.
 
 The roofline is the lower bound of a step's time. It is the longer of two times. The first is the time of the matrix
 products at the device's peak FLOP/s. core.gpus lists the peak of a GPU; on a CPU, a large product measures the peak.

@@ -3,9 +3,11 @@
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
 the file sizes alone determine the parts, and no footer has to be read. All processes read the same stored plan. A plan
 with another source, other settings or another seed is refused if it would change the shards of a finished part. So a
-dataset never mixes two preparations. A source file is identified by its size and by a hash of its last bytes. In a
-parquet file, these bytes are the footer. The footer holds the offsets and statistics of every column chunk, so files
-with different contents have different footers.
+dataset never mixes two preparations.
+
+A source file is identified by its size and by a hash of its last bytes. In a parquet file, these bytes are the footer.
+The footer holds the offsets and statistics of every column chunk, so files with different contents have different
+footers.
 """
 
 import contextlib
@@ -89,7 +91,7 @@ class PrepPlan:
     def content_of(self, part: Part) -> str:
         """SHA-256 of everything that the documents of a part depend on.
 
-        The source files of other parts do not affect it.
+        The source files of other parts do not change the result.
         """
         settings = {key: value for key, value in self._result().items() if key not in CHOOSING}
         document = {"settings": settings, "part": [part.index, part.start, part.end, *part.file.content]}
@@ -109,7 +111,7 @@ class PrepPlan:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The name of the source at the start of the preparation, for the manifest."""
+        """The name of the source for the manifest, as it was at the start of the preparation."""
         if self.begun:
             return self.begun.origin
         revision = {"revision": hub.revision_of(self.files[0].uri)}

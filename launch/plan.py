@@ -105,7 +105,7 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
 
 
 def ask(arguments: Sequence[str]) -> dict[str, Any]:
-    """The answer of `cost_report.py plan`. Raises ConfigError with the plan's error sentence."""
+    """The answer of `cost_report.py plan`. Raises ConfigError with the error message of the plan."""
     command = [sys.executable, str(ROOT / "cost_report.py"), "plan", "--json", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PLAN_SECONDS)

@@ -7,10 +7,12 @@ SWITCH_MINUTES is the time without a sign of life after which a node on AWS ends
 
 The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
 label (launch/node-policy.json). The right to list has no condition, because S3 would otherwise answer 403 for objects
-that do not exist. SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for
-all clusters except the controller of managed jobs, which rents machines with your login. `.sky.yaml` also makes
-cloud-init start launch/node/switch.py at a node's first boot, before SkyPilot's set-up. This program needs your login
-to AWS, with IAM rights.
+that do not exist.
+
+SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for all clusters except
+the controller of managed jobs, which rents machines with your login. `.sky.yaml` also makes cloud-init start
+launch/node/switch.py at a node's first boot, before SkyPilot's set-up. This program needs your login to AWS, with IAM
+rights.
 """
 
 import base64

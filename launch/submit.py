@@ -8,9 +8,10 @@ with the dollars that the run has cost. `--no-check` skips the checks and the fo
 
 Each of the task's `envs` that has a value becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
 SkyPilot reads the values of secrets from the environment, not from a command line. A task with job_recovery becomes a
-managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py). An interrupted launch is undone. A
-failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits
-for a machine (launch/waiting.py).
+managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py).
+
+An interrupted launch is undone. A failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES
+limits the time that the launch waits for a machine (launch/waiting.py).
 """
 
 import itertools

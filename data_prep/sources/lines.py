@@ -16,9 +16,9 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, chat
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# This limit protects the memory from a file without line breaks.
+# This limit bounds the memory for a file without line breaks.
 LONGEST_LINE_BYTES = 256 << 20
-# Rows from which the columns are inferred.
+# Number of first rows from which the columns are inferred.
 SAMPLE_ROWS = 100
 
 

@@ -205,7 +205,7 @@ def direct(request):
 def is_on_aws():
     try:
         return metadata("instance-id").startswith("i-")
-    except Exception:  # there is no such service
+    except Exception:  # outside of AWS there is no metadata service
         return False
 
 
