@@ -27,8 +27,7 @@ from data_prep.sources.files import Part
 
 BUCKETS = 256  # one bucket for each value of the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
-# To sort a range of hashes takes so many bytes of memory per document. Ranges are chosen so that this fits into
-# MEMORY_BYTES.
+# Bytes of memory per document to sort a range of hashes. A range is so small that its sorting fits into MEMORY_BYTES.
 SORT_BYTES = 64
 MEMORY_BYTES = 512 << 20
 THREADS = 16

@@ -11,7 +11,7 @@ that would silently give wrong tokens: a file in both splits, ids wider than the
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # called before the imports that take seconds
+    stop.listen()  # this call comes before the imports, which take seconds
 
 import functools
 import hashlib

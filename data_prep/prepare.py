@@ -10,7 +10,7 @@ also writes a ledger for the cost report. data_prep/build.py describes the steps
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # called before the imports that take seconds
+    stop.listen()  # this call comes before the imports, which take seconds
 
 import functools
 import logging

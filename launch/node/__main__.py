@@ -24,7 +24,7 @@ import signal
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen(signal.SIGINT)  # called before the imports that take seconds
+    stop.listen(signal.SIGINT)  # this call comes before the imports, which take seconds
 
 import contextlib
 import json
