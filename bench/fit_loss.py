@@ -35,8 +35,8 @@ from core.loss import law
 from core.loss.law import Law, Recipe
 
 REFERENCE = "muon-modern"
-ON_ADAMW = "adam-modern"  # the recipe with the same architecture and tuning, but Adam
-NOISE = 0.003  # nats between runs that differ in the seed or in details
+ON_ADAMW = "adam-modern"  # the recipe with REFERENCE's architecture and tuning, but with Adam
+NOISE = 0.003  # difference in nats between runs that differ in the seed or in details
 PRIORS = {"E": (1.7, 0.2), "a": (0.34, 0.1), "b": (0.34, 0.1)}
 PRIOR_LN_K = 0.5
 ISO_FLOP = "nanochat-iso-"

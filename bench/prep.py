@@ -88,7 +88,7 @@ def _vocabulary() -> str:
 
 @contextlib.contextmanager
 def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]:
-    """The URL of an empty bucket or folder. For a bucket, also its server."""
+    """An empty bucket's URL and the bucket's server, or the path of an empty folder and None."""
     if options.where == "folder":
         with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
             yield folder, None

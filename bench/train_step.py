@@ -175,7 +175,7 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
 
 
 def _toggle(options: argparse.Namespace) -> None:
-    """Set torch's global switches. This must come before the first step, because its compilation reads them."""
+    """Set torch's global switches. This must come before the first step, whose compilation reads the switches."""
     import torch
 
     if options.optimize_ddp:

@@ -77,7 +77,7 @@ class TiktokenEngine:
 
 
 class GigatokenEngine:
-    """gigatoken on one thread. Worker processes encode several parts in parallel."""
+    """The engine gigatoken on one thread. Worker processes encode several parts in parallel."""
 
     name = "gigatoken"
 

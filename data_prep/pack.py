@@ -51,7 +51,7 @@ class ShardWriter:
         return tuple(future.result() for future in self._stored)
 
     def add(self, ids: np.ndarray, order: int) -> None:
-        """Adds a document (uint16 ids without end-of-text). `order` is its sort key in a shuffled shard."""
+        """Adds a document (uint16 ids without end-of-text). `order` is the document's sort key in a shuffled shard."""
         self._documents.append((order, ids))
         self._tokens += len(ids) + 1
         while self._tokens >= self._shard_tokens:

@@ -59,7 +59,7 @@ class PartRecord:
 
 @dataclass
 class WorkerState:
-    """The state of a worker process. All parts that the process prepares use it."""
+    """The state of a worker process. It is the same for all parts that the process prepares."""
 
     config: PrepConfig
     plan: PrepPlan

@@ -45,7 +45,8 @@ NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "
 # Settings that choose which parts are used, and do not change the content of a part.
 CHOOSING = frozenset({"data.train_tokens"})
 
-# Takes the finished parts and the plan that made them. Returns whether a new plan would make the same parts.
+# A function of the finished parts and of the plan that made them. It returns whether a new plan would make the same
+# parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
 

@@ -22,9 +22,9 @@ from launch.submit import NO_CHECK, submit
 from launch.undo import CLOCK_SECONDS
 
 POLL_SECONDS = 30.0
-# This command stops after this many launches of a stage in a row without progress.
+# This command stops if so many launches of a stage in a row make no progress.
 MOST_WITHOUT_PROGRESS = 3
-# This command stops after this many questions in a row that SkyPilot does not answer.
+# This command stops if SkyPilot does not answer so many questions in a row.
 MOST_UNANSWERED = 40
 STOPPED = 130
 SIGNALLED = 128  # an exit code above this number means that a signal ended the command
@@ -37,7 +37,7 @@ class Driver:
         self._folder, self._budget = folder, budget
         self._options = [each for each in arguments if each == NO_CHECK]
         self._launched: list[tuple[str, int, float]] = []  # for each launch by this command: stage, progress, unix time
-        self.failed: list[str] = []  # names of failed stages that are not needed
+        self.failed: list[str] = []  # names of failed stages that later stages do not need
 
     def carry_out(self, stage: Stage) -> int:
         """Returns 0 once the stage is done, else the exit code of a failed launch.

@@ -59,7 +59,7 @@ class Survey:
 
     @property
     def cluster_names(self) -> frozenset[str]:
-        """The cloud names of this project's clusters that SkyPilot lists."""
+        """The names that this project's clusters have on their clouds, as SkyPilot lists them."""
         return _on_cloud(self.clusters or ())
 
     def in_records(self, leftover: Leftover) -> bool:

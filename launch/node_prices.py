@@ -64,6 +64,6 @@ def controller_usd_per_hour() -> float | None:
 
 
 def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
-    """`given`, with the prices that the task declares and the user has not set."""
+    """`given`, with each price for which the task has a variable that the user has not set."""
     wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
     return {**given, **wanted}

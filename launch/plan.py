@@ -130,14 +130,14 @@ def _check_clouds() -> None:
 def _may_rent(cloud: Cloud) -> bool:
     try:
         return cloud.is_configured()
-    except Exception:  # a cloud's library may raise any error; SkyPilot's own message says more
+    except Exception:  # a cloud's library may raise any error, which SkyPilot explains better
         return True
 
 
 def _training(
     plan: Mapping[str, Any], scale: str, environment: Mapping[str, str]
 ) -> tuple[dict[str, str], float, dict[str, Any]]:
-    """Settings of the training, its tokens, and the plan's forecast."""
+    """The settings of the training, the number of its tokens, and the plan's forecast."""
     machine = plan["machine"]
     expected = {key: machine[key] for key in ("gpus", "cloud", "spot")} | {"parts": plan["parts"]}
     more = environment.get("TRAIN_ARGS", "").split()

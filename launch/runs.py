@@ -54,9 +54,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run. `source` is this URL, or a task file. For a task file, RUN_URL or BUCKET and RUN name the run.
+    """The URL of a run. `source` is this URL, or a task file. Raises ConfigError.
 
-    Raises ConfigError.
+    For a task file, the variable RUN_URL, or BUCKET and RUN, names the run.
     """
     if not source.endswith(".yaml"):
         return source

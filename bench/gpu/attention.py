@@ -121,7 +121,7 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
 
 
 def relative_error(call: Callable, inputs: list[torch.Tensor]) -> float:
-    """Relative error of the output against float32 without a fused kernel, on two sequences."""
+    """Relative error of the output on two sequences, compared with float32 without a fused kernel."""
     few = [each.detach()[:2] for each in inputs]
     with torch.no_grad():
         exact = F.scaled_dot_product_attention(*(each.float().cpu() for each in few), is_causal=True)

@@ -1,4 +1,4 @@
-"""Loads the presets that bench measures: unchanged on a GPU, with a small model in a rehearsal on a CPU."""
+"""Loads the presets that bench measures. A rehearsal on a CPU replaces a preset's model by a small model."""
 
 import argparse
 import dataclasses

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 class Runs:
-    """Starts, kills and compares runs of the trainer below the folder `work`, each by its name."""
+    """Starts, kills and compares runs of the trainer. The name of a run is its folder below `work`."""
 
     def __init__(self, work: Path, steps: int, flags: list[str]):
         self._work = work

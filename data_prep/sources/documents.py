@@ -1,8 +1,8 @@
 """Reads the documents of a part as Arrow batches of valid text. Each document gets a 128-bit key.
 
-The key is a keyed hash of the document's id. Its upper half decides the split, and its lower half the position in the
-shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number of workers and
-nodes.
+The key is a keyed hash of the document's id. The upper half of the key decides the split, and the lower half decides
+the position in the shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number
+of workers and nodes.
 """
 
 import hashlib

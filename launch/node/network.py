@@ -41,7 +41,7 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 
 
 def rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's arguments for a static rendezvous. After a failure, the whole job starts again from its checkpoint."""
+    """torchrun's arguments for a static rendezvous. After a failure, the whole job restarts from its checkpoint."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
     # Several nodes must know the port in advance. A single node takes any free port, because other jobs may run on it.

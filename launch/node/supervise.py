@@ -34,7 +34,7 @@ POLL_SECONDS = 0.5
 # Minutes after which a silent program counts as hung. A collective gives up earlier, after ten minutes, and names the
 # missing rank.
 HANG_MINUTES = 15.0
-# Grace period for a worker to save before SIGKILL.
+# Seconds that a worker has to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
 # Longest wait in seconds for the end of the output. A process that outlives the child may keep the pipe open.
@@ -135,7 +135,7 @@ class Child:
         return Outcome(code, hung or not self._is_gone, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. A pulse is any change of the file's time, forwards or backwards."""
+        """Seconds since the last output or pulse. A pulse is any change of PULSE_FILE's time, forwards or backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
@@ -217,7 +217,8 @@ class Child:
                 try:
                     sys.stdout.write(text)
                     sys.stdout.flush()
-                # The reader of our output is gone; keep reading, because the child would block on a full pipe.
+                # The output of this program cannot be written any more. The child's output is still read, because the
+                # child would block on a full pipe.
                 except OSError:
                     shown = False
         lines.add(decode(b"", True))

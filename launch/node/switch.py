@@ -138,7 +138,7 @@ def is_ours(minutes):
         for look in (by_tags, by_role):
             try:
                 ours, said = look()
-            except Exception as error:  # any error of the request, such as no network or no permission
+            except Exception as error:  # without network or permission, the request fails
                 say(f"{look.__name__}: {error}")
             else:
                 say(f"{said} {'is of this project' if ours else 'is left alone'}")
@@ -170,7 +170,7 @@ def end():
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
                 say(terminate())
-            except Exception as error:  # any error of the request, such as another cloud, no network or no permission
+            except Exception as error:  # on another cloud, or without network or permission, the request fails
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
