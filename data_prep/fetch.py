@@ -182,7 +182,7 @@ def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
         if place not in places:
             places[place] = split
         elif places[place] == split:
-            raise DataError(f"{file.uri}: is in the {split} split by two names; narrow source.{split}_url to one")
+            raise DataError(f"{file.uri}: has two names in the {split} split; narrow source.{split}_url to one of them")
         else:
             raise DataError(f"{file.uri}: is in both splits, so that validation would measure training text; {remedy}")
     for one, other in itertools.product(train, val):

@@ -42,7 +42,9 @@ def ask(folder: RunFolder) -> str:
         )
     if changes and changes[-1].is_cooldown:
         last = changes[-1]
-        raise RunError(f"{folder}: its cooldown is decided: after step {last.step}, to step {last.end}")
+        raise RunError(
+            f"{folder}: its cooldown is decided: it begins after step {last.step} and ends at step {last.end}"
+        )
     course.request_anneal(folder)
     return f"{folder}: the cooldown is requested; the run's log says when it begins (make logs)"
 

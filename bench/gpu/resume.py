@@ -47,7 +47,7 @@ def main() -> None:
     text = f"continued to step {options.steps} in {segments} segments: {said}"
     harness.say(text, kind="resume", segments=segments, equal=not problems, differences=problems)
     if problems:
-        sys.exit(f"a run that was killed at {killed_at} differs from one that was not: {problems[0]}")
+        sys.exit(f"a run that was killed at {killed_at} differs from a run that was not killed: {problems[0]}")
 
 
 class Runs:

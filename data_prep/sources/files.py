@@ -76,8 +76,7 @@ def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
         raise _folder(place, suffixes) or error from None
     if not found:
         raise _folder(place, suffixes) or DataError(
-            f"{place}: no file matches; check the address and the pattern "
-            "(wildcards do not match names that begin with . or _)"
+            f"{place}: no file matches; check the address and the pattern (wildcards do not match a leading . or _)"
         )
     return found
 
