@@ -64,7 +64,7 @@ test: $(STAMP) ## run the fast tests
 test-all: $(STAMP) ## run all tests that need no GPU
 	@$(PYTEST) -m 'not gpu and not image and not lab'
 
-test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU)
+test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU) (without those that need a GPU)
 	@$(PYTEST) -m 'slow and not gpu and not image and not lab'
 
 COVERAGE_STAMP := .venv-coverage/$(call stamp,coverage)

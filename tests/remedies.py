@@ -75,9 +75,15 @@ def trees() -> dict[str, ast.Module]:
 
 
 @functools.cache
+def nodes() -> dict[str, list[ast.AST]]:
+    """All nodes of each file: to walk a tree takes long, and several searches need it."""
+    return {path: list(ast.walk(tree)) for path, tree in trees().items()}
+
+
+@functools.cache
 def error_classes() -> frozenset[str]:
     """LauncherError and all that derive from it."""
-    classes = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for each in nodes().values() for node in each if isinstance(node, ast.ClassDef)]
     found: set[str] = set()
     names = {"LauncherError"}
     while names - found:
@@ -90,10 +96,11 @@ def error_classes() -> frozenset[str]:
 def messages() -> tuple[Message, ...]:
     """What is raised: every call of an error class, and every `require` of a schema."""
     found = []
-    for path, tree in trees().items():
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+    raised = error_classes() | {"require"}
+    for path, every in nodes().items():
+        for call in (node for node in every if isinstance(node, ast.Call)):
             name = _name(call.func)
-            if name in (*error_classes(), "require") and call.args:
+            if name in raised and call.args:
                 arguments = call.args[1:] if name == "require" else call.args
                 found.append(Message(path, call.lineno, name, ": ".join(_text(each) for each in arguments)))
     return tuple(found)
@@ -103,11 +110,11 @@ def messages() -> tuple[Message, ...]:
 def sentences() -> tuple[Message, ...]:
     """All other literals of several words: parts of messages that are put together, help, warnings. No docstrings."""
     found = []
-    for path, tree in trees().items():
-        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
-        inside -= {id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)}
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+    for path, every in nodes().items():
+        inside = {id(part) for node in every if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        inside -= {id(node) for node in every if isinstance(node, ast.JoinedStr)}
+        docstrings = {id(node.value) for node in every if isinstance(node, ast.Expr)}
+        for node in every:
             is_text = isinstance(node, ast.JoinedStr) or isinstance(getattr(node, "value", None), str)
             if is_text and id(node) not in inside | docstrings and " " in _text(node).strip():
                 found.append(Message(path, node.lineno, "", _text(node)))
@@ -200,8 +207,8 @@ def own_flags() -> frozenset[str]:
     """Flags of the programs without a schema: in their usage, or compared with an argument, or given to argparse."""
     texts = [
         node.value
-        for tree in trees().values()
-        for node in ast.walk(tree)
+        for each in nodes().values()
+        for node in each
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     alone = [text for text in texts if re.fullmatch(r"--[a-z][\w-]*", text)]

@@ -290,25 +290,25 @@ def test_the_money_decides_and_a_kill_in_the_cooldown_changes_no_bit(data_url: s
     flags += ["--batch.tokens_per_step=64"]  # a micro-batch for each of two ranks
 
     def life(ranks: int, **environment: str) -> tuple[int, str]:
-        money = {"USD_PER_HOUR": "3600", "MAX_USD": "60"} | environment
+        money = {"USD_PER_HOUR": "3600", "MAX_USD": "30"} | environment
         run = [*flags, f"--run.url={run_url}"]
         return launching.finish(launching.start(ranks, *run, module="tests.dollar_steps", environment=money))
 
-    code, output = life(1, DIE_AT_STEP="53")
+    code, output = life(1, DIE_AT_STEP="26")
     assert code == -signal.SIGKILL, output
     [plan] = course.read(RunFolder(run_url))
     assert plan.why == "budget"
-    assert plan.step < 52 < plan.end
+    assert plan.step < 25 < plan.end
     assert plan.steps / plan.end == pytest.approx(0.20, abs=0.02)
-    assert 57 <= plan.end <= 59, "60 dollars pay for the shutdown and an evaluation too"
+    assert 27 <= plan.end <= 29, "30 dollars pay for the shutdown and an evaluation too"
     # A killed machine counts until its next heartbeat: these dollars are given back, because no re-plan is wanted here.
-    code, output = life(2, MAX_USD="70")
+    code, output = life(2, MAX_USD="40")
     assert code == 0, output
     assert int(re.search(r"resumed from step (\d+)", output)[1]) >= plan.step
     assert f"annealed over {plan.steps} steps; the checkpoint of step {plan.step}, before them, is kept" in output
     assert course.read(RunFolder(run_url)) == [plan]
     assert {plan.step, plan.end} <= set(launching.completed(run_url))
-    assert spent_usd_at_most(run_url) <= 70
+    assert spent_usd_at_most(run_url) <= 40
 
     course.add(RunFolder(other), 1, plan)
     launching.train(1, *flags, f"--run.url={other}")

@@ -257,11 +257,27 @@ def test_generate_prints_samples(folder, environment, models, encoding, tmp_path
     [
         (["generate"], "error: give exactly one checkpoint or run, not 0: python -m trainer.generate "),
         (["generate", "x", "--prompt=a", "--prompts=b"], "prompts: is set beside --prompt; give one of them"),
-        (["chat", "x", "--max_batch_size=0"], "error: flag --max_batch_size: max_batch_size: is 0, must be at least 1"),
-        (["generate", "x", "--tokens=9"], "error: flag --tokens=9: tokens is an old name; write max_tokens"),
-        (["serve", "x", "--port=70000"], "error: flag --port: port: is 70000, must be between 0 and 65535"),
+        pytest.param(
+            ["chat", "x", "--max_batch_size=0"],
+            "error: flag --max_batch_size: max_batch_size: is 0, must be at least 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["generate", "x", "--tokens=9"],
+            "error: flag --tokens=9: tokens is an old name; write max_tokens",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["serve", "x", "--port=70000"],
+            "error: flag --port: port: is 70000, must be between 0 and 65535",
+            marks=pytest.mark.slow,
+        ),
         (["serve", "x", "--host=0.0.0.0"], "and SERVE_API_KEY is empty; set it to a secret"),
-        (["chat", "x", "--serve"], "error: --serve: is a separate program; run python -m trainer.serve"),
+        pytest.param(
+            ["chat", "x", "--serve"],
+            "error: --serve: is a separate program; run python -m trainer.serve",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_opened(environment, arguments: list[str], error: str):

@@ -56,6 +56,7 @@ def test_what_was_tuned_on_relative_places_is_used_from_another_folder(home: Pat
     run_in(tmp_path / "other", "trainer.generate", str(home / "runs" / "tuned"), "--max_tokens=2", "--device=cpu")
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_wherever_a_place_is_named(home: Path, tmp_path: Path):
     """A shell leaves it as it is in --run.url=~/run and in .env; a folder of that name invites `rm -rf ~`."""
     places = ["--data.url=~/data", "--run.url=~/runs/tilde", "--data.cache_dir=~/cache"]

@@ -15,6 +15,7 @@ from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from core.settings.training import PretrainConfig
 from tests import launching, models
+from tests.rare import fast_only
 from trainer import export, import_weights
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.weights import folder, huggingface
@@ -24,7 +25,6 @@ transformers = pytest.importorskip("transformers", reason="needs the extra `hub`
 CPU = torch.device("cpu")
 # The other presets are the first one in other sizes.
 NAMES = "gpt2-124m gpt2-163m-untied gpt2-270m llama-416m speedrun-162m".split()
-PRESETS = [Path(f"trainer/configs/{name}.yaml") for name in NAMES]
 TEXT = "The naïve dog's 3 puppies: \n\n\n  don't know 🙂 what [they] want…   "
 
 
@@ -65,16 +65,14 @@ def loaded(path: Path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_an_export_gives_the_same_logits_and_the_same_text(preset: Path, tmp_path, data_url):
-    choices = small(preset)
+@pytest.mark.parametrize("name", fast_only(NAMES, {"gpt2-124m", "speedrun-162m"}))
+def test_an_export_gives_the_same_logits_and_the_same_text(name: str, tmp_path, data_url):
+    choices = small(Path(f"trainer/configs/{name}.yaml"))
     model = models.make_run(str(tmp_path / "run"), data_url, choices)
     path = exported(str(tmp_path / "run"), tmp_path / "out")
     other = loaded(path, trust_remote_code=True)
     kinds = {"llama-416m": "llama", "gpt2-163m-untied": "own", "gpt2-270m": "own", "speedrun-162m": "own"}
-    expected = {"llama": "LlamaForCausalLM", "own": huggingface.OWN_CLASS}.get(
-        kinds.get(preset.stem), "GPT2LMHeadModel"
-    )
+    expected = {"llama": "LlamaForCausalLM", "own": huggingface.OWN_CLASS}.get(kinds.get(name), "GPT2LMHeadModel")
     assert type(other).__name__ == expected
     tokens = torch.randint(0, 50257, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -94,7 +92,11 @@ def test_an_export_gives_the_same_logits_and_the_same_text(preset: Path, tmp_pat
 
 def test_the_modelling_file_takes_padded_batches_and_documents(tmp_path, data_url):
     choices = dataclasses.replace(
-        small(PRESETS[-1]), document_mask=True, value_skip=True, embedding_skip=True, position="learned"
+        small(Path("trainer/configs/speedrun-162m.yaml")),
+        document_mask=True,
+        value_skip=True,
+        embedding_skip=True,
+        position="learned",
     )
     model = models.make_run(str(tmp_path / "run"), data_url, choices)
     other = loaded(exported(str(tmp_path / "run"), tmp_path / "out"), trust_remote_code=True)
@@ -133,8 +135,15 @@ def test_import_and_export_are_inverses_bit_by_bit(gpt2: Path, tmp_path, data_ur
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "bias"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_llama_comes_and_goes_bit_by_bit(tmp_path, data_url, vocab_bpe, monkeypatch, tied: bool, bias: bool):
     monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
     torch.manual_seed(0)

@@ -247,6 +247,7 @@ def call(hub: Hub, tmp_path: Path, module: str, *arguments: str) -> subprocess.C
     return done
 
 
+@pytest.mark.slow
 def test_published_on_the_hub_and_read_by_name(hub: Hub, run_url, data_url, tmp_path):
     done = call(hub, tmp_path, "trainer.export", run_url, str(tmp_path / "out"), "--publish=hf:me/mine")
     assert done.returncode == 0, done.stderr

@@ -67,7 +67,8 @@ def test_all_weights_learn(straight):
     assert state["start"].endswith("/base/checkpoints/step-00000030")
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(pretrained, rows, straight, tmp_path, ranks: int):
     killed = str(tmp_path / "killed")
     flags = flags_of(pretrained, rows, killed)

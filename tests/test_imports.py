@@ -1,6 +1,7 @@
 """Who may import what: the floor loads no torch, stages do not know each other, `sky` stays SkyPilot's name."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -54,14 +55,20 @@ def test_our_sky_folder_does_not_hide_skypilot(tmp_path: Path):
     assert run_python(code).stdout.strip() == "the installed one"
 
 
-def imports_of(file: Path) -> set[str]:
+@functools.cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
+def imports_of(file: Path) -> frozenset[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -155,9 +162,7 @@ def test_only_the_opener_branches_on_a_scheme():
     for package in PACKAGES:
         for file in sorted((REPOSITORY / package).rglob("*.py")):
             literals = [
-                node.value
-                for node in ast.walk(ast.parse(file.read_text()))
-                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                node.value for node in nodes_of(file) if isinstance(node, ast.Constant) and isinstance(node.value, str)
             ]
             name = file.relative_to(REPOSITORY).as_posix()
             if schemes := [text for text in literals if re.fullmatch(r"(s3|gs|az|hf)(://)?", text)]:
@@ -193,7 +198,7 @@ def test_only_the_providers_spell_the_names_of_clouds():
     found = set()
     for package in set(PACKAGES) - {"clouds"}:
         for file in (REPOSITORY / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in nodes_of(file):
                 if isinstance(node, ast.Constant) and re.fullmatch(names, str(node.value), re.I):
                     found.add(file.relative_to(REPOSITORY).as_posix())
     assert found == KNOW_SERVICES

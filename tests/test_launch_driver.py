@@ -192,6 +192,7 @@ def old_libcuda(tmp_path) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_cuda_that_does_not_initialise_refuses_the_machine_and_names_the_library(tmp_path, old_libcuda):
     environment = {"RUN_URL": str(tmp_path / "run"), "DEVICE": "cuda", "RANKS_PER_NODE": "1"}
     environment["LD_LIBRARY_PATH"] = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"

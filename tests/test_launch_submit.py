@@ -79,8 +79,11 @@ def close_terminal(process) -> None:
 
 @pytest.mark.parametrize(
     ("how", "code"),
-    [(type_ctrl_c, 130), (lambda process: process.terminate(), 143), (close_terminal, 129)],
-    ids=["Ctrl-C", "SIGTERM", "closed terminal"],
+    [
+        pytest.param(type_ctrl_c, 130, id="Ctrl-C"),
+        pytest.param(lambda process: process.terminate(), 143, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(close_terminal, 129, id="closed terminal", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_launch_is_cancelled_and_what_it_began_is_ended(sky, how, code):
     other = {"request_id": "9", "name": "sky.launch", "cluster_name": "workbench", "created_at": NOW}
@@ -105,6 +108,7 @@ def test_a_launch_waits_for_a_machine_no_longer_than_it_may(sky):
     assert "api cancel --yes 3f" in calls
 
 
+@pytest.mark.slow
 def test_a_managed_job_waits_no_longer_either(sky):
     name = "pretrain-8xa100-spot"
     job = {"job_id": 2, "job_name": name, "status": "STARTING", "submitted_at": NOW}

@@ -15,6 +15,7 @@ from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.loader import SettingError
 from core.settings.model import ModelConfig, flops_per_token, matrix_parameters, parameters
 from tests import presets
+from tests.rare import fast_only
 from trainer.model.attention import KVCache, document_mask
 from trainer.model.gpt import GPT
 from trainer.model.loss import chunked_cross_entropy, token_scores
@@ -176,7 +177,7 @@ def test_cached_rows_of_different_length_equal_uncached_ones(name: str):
                 torch.testing.assert_close(logits[row, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", fast_only(ARCHITECTURES, {"debug", "gpt2-124m", "skips", "speedrun-162m"}))
 def test_blocks_compile_without_a_graph_break(name: str):
     config = ARCHITECTURES[name]
     plain, compiled = built(config).eval(), built(config).eval()

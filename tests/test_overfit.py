@@ -75,7 +75,7 @@ def with_overfit(settings: PretrainConfig) -> PretrainConfig:
 
 def test_one_micro_batch_is_learned_by_heart_and_the_run_is_finished(data_url: str, tmp_path):
     """It stops at the bound, is killed and continues to the same bits, and ends alike on two ranks."""
-    flags = [f"--data.url={data_url}", "--overfit", "--train.steps=400", "--train.log_every=50"]
+    flags = [f"--data.url={data_url}", "--overfit", "--train.steps=400", "--train.log_every=50", "--optimizer.lr=3e-2"]
     run_url = f"{tmp_path}/learns"
     output = launching.train(1, *flags, f"--run.url={run_url}", "--checkpoint.every_steps=1000")
     losses = {step: found["loss"] for step, found in launching.metrics(run_url).items()}

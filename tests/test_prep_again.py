@@ -30,7 +30,13 @@ def incompressible(count: int) -> list[str]:
     return [" ".join(map(str, random.integers(0, 1 << 60, 40))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("flags", [(), ("--filter.drop_duplicates=true",)], ids=["", "without duplicates"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="", marks=pytest.mark.slow),
+        pytest.param(("--filter.drop_duplicates=true",), id="without duplicates"),
+    ],
+)
 def test_finished_parts_survive_a_mended_source(flags: tuple[str, ...], tmp_path: Path, vocab_bpe: Path):
     """The damage lies behind what the start looks at, so that the parts before it are finished."""
     files = ((100, 0), (100, 10_000), (3000, 20_000))

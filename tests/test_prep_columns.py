@@ -14,6 +14,7 @@ from data_prep.sources import parquet
 from data_prep.sources.files import Part, SourceFile
 from data_prep.sources.rows import read_rows
 from tests.corpus import documents, documents_of, prepare_set
+from tests.rare import fast_only
 
 TEXTS = documents(40)
 IDS = [f"d{i}" for i in range(40)]
@@ -111,7 +112,9 @@ def test_an_intact_file_is_not_called_damaged(tmp_path: Path, vocab_bpe: Path, m
 # --- decoded sizes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["dictionary", "DELTA_BYTE_ARRAY", "late dictionary"])
+@pytest.mark.parametrize(
+    "encoding", fast_only(["dictionary", "DELTA_BYTE_ARRAY", "late dictionary"], {"late dictionary"})
+)
 def test_batches_are_bounded_by_decoded_bytes(encoding: str, tmp_path: Path):
     rows = 60_000
     long = [f"{k} " + "The terms of use apply. " * 160 for k in range(20)]

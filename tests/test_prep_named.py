@@ -212,7 +212,8 @@ def online(hub: Hub, tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("suffix", ["parquet", pytest.param("csv", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_named_on_a_throttling_hub(suffix: str, hub: Hub, tmp_path: Path, vocab_bpe: Path):
     hub.files = repository(suffix)
     flags = [*NAMED, "--source.revision=v1"]

@@ -191,7 +191,9 @@ def test_a_flagged_prompt_is_left_out_and_can_be_asked_again(tmp_path):
         assert "other answers left out: none" in output
 
 
-@pytest.mark.parametrize(("status", "document"), [(429, NO_QUOTA), (402, said("Insufficient credits"))])
+@pytest.mark.parametrize(
+    ("status", "document"), [(429, NO_QUOTA), pytest.param(402, said("Insufficient credits"), marks=pytest.mark.slow)]
+)
 def test_no_credit_stops_at_once_and_the_same_command_goes_on(tmp_path, status: int, document):
     write_prompts(tmp_path, 6)
     empty = True

@@ -17,6 +17,7 @@ from core.run.folder import RunFolder
 from launch import drive, outcome, plan, run
 from tests import corpus
 from tests.golden import GoldenRun
+from tests.rare import fast_only
 from tests.rented import STEPS, Machines, planned, rent
 
 STORE_REPORT = outcome._store_report
@@ -301,7 +302,7 @@ def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, monkey
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sum_given", ["0", "-5", "20 USD", "1e9", "", "1"])
+@pytest.mark.parametrize("sum_given", fast_only(["0", "-5", "20 USD", "1e9", "", "1"], {"20 USD", "", "1"}))
 def test_a_bad_sum_gets_the_plan_s_sentence_and_nothing_is_stored(machines, sum_given, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("BUCKET", str(machines.bucket))

@@ -78,8 +78,15 @@ def settings_of(preset: str, layers: int, world: int, *flags: str) -> PretrainCo
     return bench_presets.settings_of(preset, *small, *tokens, *flags)
 
 
-@pytest.mark.parametrize("world", [1, 8])
-@pytest.mark.parametrize("preset", ["gpt2-124m", "speedrun-162m"])
+@pytest.mark.parametrize(
+    ("preset", "world"),
+    [
+        ("gpt2-124m", 1),
+        ("speedrun-162m", 8),
+        pytest.param("gpt2-124m", 8, marks=pytest.mark.slow),
+        pytest.param("speedrun-162m", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_waits_for_nothing_and_its_launches_follow_from_shapes(preset: str, world: int):
     """Eight and sixteen layers: as many operations of the optimizer. The third step, which is counted, has norms."""
     few, many = (count_steps(settings_of(preset, layers, world), world) for layers in (8, 16))

@@ -11,6 +11,7 @@ import pytest
 
 from tests import warm
 from tests.patience import PATIENCE_SECONDS
+from tests.rare import fast_only
 
 ROOT = Path(__file__).parent.parent
 # Ten minutes in C, where Python calls no signal handler.
@@ -51,7 +52,7 @@ class Program:
         return self.process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", fast_only([signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], {signal.SIGTERM}))
 def test_with_nothing_to_save_it_leaves_at_once_though_the_main_thread_is_in_c(number, tmp_path):
     script = f"""
         def close():

@@ -149,9 +149,6 @@ def test_one_instant_of_each_kind(data_url, tmp_path):
     preflight = run.live().until_said("node 1 of 1").until_it_runs("trainer.distributed.preflight").ask()
     assert run.ends(preflight) == 33
     assert not storage.list_names(f"{run.url}/preflight")
-    imports = run.live(ranks=1).until_it_runs("-m trainer.train").ask(signal.SIGHUP).ask(signal.SIGINT)
-    assert run.ends(imports) == 33
-    assert run.newest == 0
     # An evaluation that takes long, as one of GPT-2 1.5B does.
     evaluation = run.live("--train.eval_tokens=10000000", is_warm=True).until_said(f"step {EVERY}/").ask().ask()
     assert run.ends(evaluation) == 33
@@ -165,6 +162,14 @@ def test_one_instant_of_each_kind(data_url, tmp_path):
     assert EVERY in launching.metrics(run.url, "eval"), "what was cut off is done again"
     reasons = [ended(run.url, number) for number in RunFolder(run.url).segment_numbers()]
     assert set(reasons) <= {"preempted", "finished"}
+
+
+@pytest.mark.slow
+def test_a_request_while_the_trainer_is_imported(data_url, tmp_path):
+    run = Run(str(tmp_path / "run"), [*FLAGS, f"--data.url={data_url}", f"--data.cache_dir={tmp_path}/cache"])
+    imports = run.live(ranks=1).until_it_runs("-m trainer.train").ask(signal.SIGHUP).ask(signal.SIGINT)
+    assert run.ends(imports) == 33
+    assert run.newest == 0
 
 
 def ended(run_url: str, number: int) -> str | None:

@@ -18,6 +18,7 @@ from launch import runs
 from launch.node import place as place_on_node
 from tests import warm
 from tests.patience import PATIENCE_SECONDS
+from tests.rare import fast_only
 from trainer.chat import ChatConfig
 from trainer.generate import GenerateConfig
 from trainer.weights import folder as public
@@ -194,7 +195,7 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", fast_only(ENTRIES, {"train", "prepare", "fetch", "evaluate", "report", "pull"}))
 def test_an_entry_refuses_it_and_writes_nothing(entry: str, tmp_path: Path):
     """In a folder of its own, where s3:/b/x could be made."""
     module, *arguments = ENTRIES[entry].replace("PLACE", "s3:/b/x").replace("HERE", str(tmp_path)).split()
