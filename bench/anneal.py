@@ -3,12 +3,12 @@
     python -m bench.anneal --scratch=FOLDER [--usd=400] [--seeds=3] [--out=FILE]
 
 by dollars       schedule wsd; the money decides when the cooldown begins
-cut off          cosine over more steps than the money pays for, which the cap cuts off at about 57 % of them
-knew its length  cosine over exactly the steps that the first one reached
+cut off          cosine over more steps than the money pays for; the cap ends the run at about 57 % of the steps
+knew its length  cosine over exactly the steps that the run by dollars reached
 
 A small model learns the bytes of the State of the Union addresses on one thread. The price is artificial: a step costs
-a dollar, and nothing else costs anything (bench.step_clock). The validation losses are those of the last checkpoints
-over the same tokens. After an interruption, the same command continues and gives the same bits.
+a dollar, and nothing else costs anything (bench.step_clock). All last checkpoints are
+validated on the same tokens. After an interruption, the same command continues and gives the same bits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from bench import harness, tokens
 
 BY_DOLLARS, CUT_OFF, KNEW = "by dollars", "cut off", "knew its length"
-CUT_SHARE = 0.57  # the share of its steps at which $20 end the default run, by a plan
+CUT_SHARE = 0.57  # a plan says that $20 end the default run after this share of its steps
 EVAL_TOKENS = 1 << 17
 BATCH = 512
 REPEATS = 50
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
-    """For each seed, the loss of a way minus the loss of the run by dollars."""
+    """The loss of each other way minus the loss by dollars, for each seed."""
     return {
         name: [
             round(each["val_loss"] - ours["val_loss"], 4)
@@ -110,7 +110,7 @@ def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int,
     result = folder / "result.json"
     if not result.exists():
         if not left_cleanly(folder):
-            # The run starts over, because on the ledger the steps that the interruption lost would cost money.
+            # The run starts over, because the ledger would charge for the steps that the interruption lost.
             shutil.rmtree(folder, ignore_errors=True)
         schedule = "wsd" if arm == BY_DOLLARS else "cosine"
         flags = [*FLAGS, f"--optimizer.schedule={schedule}", f"--train.steps={steps}", f"--train.seed={seed}"]
@@ -175,9 +175,10 @@ def train(flags: list[str], run_url: str, result: str) -> None:
 
 
 def timed_decisions() -> list[float]:
-    """Measure the trainer's decision whether to anneal: the list gets the CPU seconds of one, after each step.
+    """Measure the trainer's decision whether to anneal. The list gets the CPU seconds of one decision per step.
 
-    A decision without a change has no effect, so it is repeated REPEATS times, which hides the clock's own time.
+    A decision that changes nothing has no side effect. It is repeated REPEATS times, so that the overhead of the clock
+    is small.
     """
     from trainer.loop.anneal import Annealer
 

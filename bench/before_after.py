@@ -2,12 +2,16 @@
 
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
-A tree is a checkout with its own `.venv` (`make setup`). In each round, a measurement runs once in each tree. It is
-started there as a user would start it. The table shows medians and the ratio of seconds. A ratio above 1 means that
-this tree, `after`, is slower than `before`. Rates are shown as seconds per million. `report` measures the cost report
-of a run of 10,000 segments in a local folder, and the start of the program. `storage` measures small requests to an S3
-server on loopback. The other rows come from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared
-machine the CPU seconds say more than the clock.
+A tree is a checkout with its own `.venv` (`make setup`). In each round, a measurement runs once in each tree, where it
+is started as a user would start it:
+
+    report                               the cost report of a run of 10,000 segments, and the start of the program
+    storage                              small requests to an S3 server on loopback
+    loader, checkpoint, restart, prep    the benchmark of this name
+
+The table shows medians and the ratio of seconds. A ratio above 1 means that this tree, `after`, is slower than
+`before`. Rates are shown as seconds per million. On a shared machine, CPU seconds are more reliable than wall-clock
+time.
 """
 
 import json
@@ -96,7 +100,7 @@ def show(results: dict[str, Any]) -> None:
     harness.print_table(title, ["seconds", "before", "after", "after / before"], rows)
 
 
-# --- measurements: called with a scratch folder, each returns a function of a tree -----------------------------
+# --- measurements: each function takes a scratch folder, and returns a function that measures a tree -------------
 
 
 def _report(folder: Path) -> Callable[[Path], Figures]:
@@ -169,7 +173,7 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
-    corpus = folder.parent  # in a folder that stays, so that the next call finds the text
+    corpus = folder.parent  # this folder is kept, so that the next call finds the text
 
     def measure(tree: Path) -> Figures:
         figures = {}
@@ -200,7 +204,7 @@ def _record(tree: Path, folder: Path, module: str, *flags: str) -> dict[str, Any
 
 
 def _timed(tree: Path, *arguments: str) -> float:
-    """Run the Python of `tree` in its folder. Returns CPU seconds with child processes; SystemExit if it fails."""
+    """Run the Python of `tree` in this folder. Returns CPU seconds, child processes included. Raises SystemExit."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [str(python_of(tree)), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

@@ -4,12 +4,16 @@ The charge follows from the cloud's log of its machines.
 
     LAB_DIR=… python -m bench.bill --scratch=FOLDER --out=FILE [--only=CASE ...]
 
-Each case is a run of the debug preset by the real SkyPilot, on AWS or Lambda, and ends with its machines gone. The
-report is asked as on the user's computer: with SkyPilot's records and the clouds' answers. A case holds if its total is
-within half a percent of the charge, or if the charge is within the printed range and the range is narrow. A narrow
-range is at most five percent wide, or at most a heartbeat and a billed minute for each machine. Each finished case is
-stored in FILE, and a second call runs the cases that are missing. The emulated cloud must be up, with the images `prep`
-and `train` prepared and the token set `small` in its bucket (tests/test_launch_lab.py prepares both).
+Each case runs the debug preset with the real SkyPilot, on AWS or Lambda, and ends when its machines are gone. The
+report is made as on a user's computer: from SkyPilot's records and the clouds' answers.
+
+A case holds if its total is within half a percent of the charge, or if the charge is within the printed range and the
+range is narrow. A narrow range is at most five percent wide, or at most a heartbeat and a billed minute for each
+machine.
+
+Each finished case is stored in FILE, and a second call runs the cases that are missing. The emulated cloud must be up,
+with the images `prep` and `train` prepared and the token set `small` in its bucket (tests/test_launch_lab.py prepares
+both).
 """
 
 import argparse
@@ -84,7 +88,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def compared(lab: Lab, name: str, *runs: str) -> dict[str, Any]:
-    """The reports of `runs`, beside the charge for the machines of the cluster or job.
+    """Compare the reports of `runs` with the charge for the machines of a cluster or job.
 
     Waits until the machines are gone.
     """
@@ -134,7 +138,7 @@ def spot(lab: Lab) -> dict[str, Any]:
 
 
 def killed(lab: Lab) -> dict[str, Any]:
-    """A case with `docker kill` on Lambda. The ledger then has no end."""
+    """A case in which `docker kill` ends the container on Lambda, so that the ledger has no end."""
     name = "bill-killed"
     lab.launch(TASK, name, without="aws", RUN=name, TRAIN_ARGS=ENDLESS)
     wait("a checkpoint", lambda: lab.step(name) >= 5, LONGEST_SECONDS)

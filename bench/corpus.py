@@ -1,11 +1,11 @@
 """Makes parquet files of real text for benchmarks: `code` or `prose`.
 
 `code` consists of the sources of Linux, GCC, glibc, binutils and OpenJDK, and of 249 speeches. A document is a source
-file, a header, a manual or a speech. `prose` consists of the RFCs, cut into pieces as long as web pages. Its bytes per
-token are closer to those of text for pretraining. The packages are downloaded into a scratch folder and never
-committed. Documents are in a seeded order, with FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single
-blank replaces each run of blanks, as in text extracted from web pages. Otherwise every tab of an indentation would
-become a token of GPT-2's vocabulary.
+file, a header, a manual or a speech. `prose` consists of the RFCs, cut into pieces as long as web pages. In bytes per
+token, `prose` is closer to text for pretraining. The packages are downloaded into a scratch folder and never committed.
+The files have FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A seed determines the order of the
+documents. A single blank replaces each run of blanks, as in text extracted from web pages. Otherwise every tab of an
+indentation would become a token of GPT-2's vocabulary.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
@@ -46,7 +46,7 @@ ROWS_PER_GROUP = 1000
 def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
     """Four parquet files with about `megabytes` MB of text in total, or with all texts if there are fewer.
 
-    Built once per size.
+    The files are written once per size.
     """
     folder = scratch / f"parquet-{kind}-{megabytes}mb"
     done = folder / "DONE"

@@ -1,4 +1,4 @@
-"""Sets up what the cells of bench.interruptions share: an emulated cloud, and a prepared home for each computer."""
+"""Sets up an emulated cloud and a prepared home folder for emulated computers, for bench.interruptions."""
 
 import contextlib
 import json
@@ -46,8 +46,8 @@ class Bench:
         code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
         self._store_source()
-        # `make role` accepts only a bucket at AWS. Without the address of the emulated cloud, this bucket looks like
-        # one.
+        # `make role` accepts only a bucket at AWS. Without the address of the emulated cloud, this bucket looks like a
+        # bucket at AWS.
         alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
         settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
         made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)
@@ -68,7 +68,7 @@ class Bench:
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET, folder)
 
     def _prepare_home(self) -> None:
-        """Prepare a home folder in which SkyPilot has found its clouds. The server of that SkyPilot is then stopped."""
+        """Prepare a home folder in which SkyPilot has found the clouds, and stop the server of that SkyPilot."""
         lab = LAB_ROOT / "home"
         self.home.mkdir()
         for name in (".aws", ".lambda_cloud"):
@@ -80,18 +80,18 @@ class Bench:
         (self.scratch / "check.log").write_text(found.stdout + found.stderr)
         kill(self.home)
         with contextlib.closing(sqlite3.connect(self.home / ".sky/state.db")) as database:
-            # `~/.sky/user_hash` gives each cell its own user. A server prefers the hash in its database, so that one
-            # is deleted.
+            # `~/.sky/user_hash` gives each cell its own user. A server prefers the hash in its database, so the hash in
+            # the database is deleted.
             database.execute("DELETE FROM system_config WHERE config_key = 'server_user_hash'")
             database.commit()
 
     def command(self, home: Path, *command: object, **environment: str) -> list[str]:
         given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        # With this variable, a process of SkyPilot that changes its title keeps its environment. `processes` needs the
-        # environment to find it.
+        # If this variable is set, a process of SkyPilot that changes its title keeps its environment. `processes` finds
+        # a process by its environment.
         given["SPT_NOENV"] = "1"
-        # With more memory, a server would start thirty controllers of managed jobs.
+        # With more memory, SkyPilot's server would start thirty controllers of managed jobs.
         given["SKYPILOT_POD_MEMORY_GB_LIMIT"] = "4"
         settings = [f"{name}={value}" for name, value in given.items()]
         return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
@@ -132,7 +132,7 @@ def send(home: Path, number: int) -> None:
 
 
 def kill(home: Path) -> None:
-    """Kill all processes of an emulated computer, including processes that these start meanwhile."""
+    """Kill all processes of an emulated computer, including processes that are started meanwhile."""
     while any(True for _ in processes(home)):
         send(home, signal.SIGKILL)
         time.sleep(0.1)

@@ -9,7 +9,7 @@ are found by damped Gauss-Newton, which minimises the squared residuals, each di
 recipes have only one run, so there are weak priors: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, and ln k is 0 ± 0.5.
 The ratio of the exponents follows the minima of nanochat's iso-FLOP curves, which are in the same file. The losses of
 these curves are on another scale, but their minima show how compute is divided between size and tokens. The multiplier
-of REFERENCE is 1.
+k of the recipe REFERENCE is 1.
 
 To measure errors, each run is left out in turn, and everything is fitted again. If the left-out run is the only run of
 its recipe, the k of this recipe is that of the prior, 1. The slope over tokens is determined by only two runs of one
@@ -35,8 +35,8 @@ from core.loss import law
 from core.loss.law import Law, Recipe
 
 REFERENCE = "muon-modern"
-ON_ADAMW = "adam-modern"  # the recipe with the same architecture and tuning, but Adam
-NOISE = 0.003  # nats between runs that differ in the seed or in details
+ON_ADAMW = "adam-modern"  # the recipe with REFERENCE's architecture and tuning, but with Adam
+NOISE = 0.003  # difference in nats between runs that differ in the seed or in details
 PRIORS = {"E": (1.7, 0.2), "a": (0.34, 0.1), "b": (0.34, 0.1)}
 PRIOR_LN_K = 0.5
 ISO_FLOP = "nanochat-iso-"
@@ -48,7 +48,7 @@ _FAMILIES = (("soap", "soap"), ("muon", "muon"), ("shampoo", "shampoo"), ("adam"
 
 @dataclass(frozen=True)
 class Row:
-    """A run of the table. N and D are in billions."""
+    """A run of the table. `size` and `tokens` are in billions."""
 
     name: str
     recipe: str
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def read(use: str) -> list[Row]:
-    """The runs of the table with this mark."""
+    """The runs of the table that are marked `use`."""
     with law.RUNS.open(newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -160,7 +160,7 @@ def _residuals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The residuals of the runs and of the priors, each divided by its error.
 
-    Also the derivatives of the residuals by each value.
+    The second array holds the derivatives of the residuals by each value.
     """
     E, ln_A, ln_B, a, b = values[:5]
     place = {name: 5 + index for index, name in enumerate(free)}
@@ -190,7 +190,7 @@ def _residuals(
 
 
 def _error(found: Law, row: Row) -> dict[str, Any]:
-    """Predicted minus measured loss. The fitted k of a recipe holds at the sizes of its own runs."""
+    """The predicted loss of a run minus its measured loss. k is 1 for a recipe that was not fitted."""
     k = found.recipes[row.recipe].k if row.recipe in found.recipes else 1.0
     by = found.constants
     predicted = by["E"] + by["A"] * row.size ** -by["a"] + by["B"] * (k * row.tokens) ** -by["b"]
@@ -211,7 +211,7 @@ def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) 
 
 
 def _variant(rows: Sequence[Row], unseen: Sequence[Row], noise: float, has_shape: bool) -> dict[str, Any]:
-    """The errors of a variant of the fit. It shows the effect of one choice, and the plan does not use it."""
+    """The errors of a variant of the fit, which shows the effect of one choice. `make plan` does not use it."""
     found, without = fit(rows, noise, has_shape), left_out(rows, noise, has_shape)
     return {
         "noise": noise,

@@ -1,11 +1,11 @@
-"""Measures sides against each other: interleaved rounds, medians, a table, and a JSON record of the result.
+"""Compares sides, which are programs or settings: interleaved rounds, medians, a table, and a JSON record.
 
     runs = harness.interleaved({"ours": ours, "theirs": theirs}, rounds=3)
     results = harness.header("torch") | {"rounds": 3, "median": harness.medians(runs)}
     harness.finish(results, show, options.out)
 
 A side that needs a separate process runs as a module and reports each result by `say`. `run_process` starts such a
-module and receives its results. It ends the module at a deadline, or together with this process. The module imports
+module and receives its results. It ends the module at a deadline, or together with this process. bench.harness imports
 neither torch nor rich, because machines that run bench.on_gpu may lack packages.
 """
 
@@ -56,7 +56,7 @@ def options(description: str | None, rounds: int = 0) -> argparse.ArgumentParser
 
 
 def header(*packages: str) -> dict[str, Any]:
-    """The first fields of a record: date, machine, and the versions of those `packages` that are installed."""
+    """The first fields of a record: date, machine, and the versions of the `packages` that are installed."""
     return {
         "date": date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
@@ -65,7 +65,7 @@ def header(*packages: str) -> dict[str, Any]:
 
 
 def interleaved(sides: Mapping[str, Callable[[int], T]], rounds: int, warm_up: int = 0) -> dict[str, list[T]]:
-    """Call every side once per round with the number of the call, from 0. Results of `warm_up` rounds are discarded."""
+    """Call every side once per round with the number of the call, from 0. The first `warm_up` rounds are discarded."""
     runs: dict[str, list[T]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name, side in sides.items():
@@ -130,8 +130,8 @@ def touch_pages(size: int) -> None:
     """Use `size` bytes of memory once and free them. Call this before a side that needs so much memory.
 
     On a virtual machine that returns free pages to its host, the first use of a page takes ten times as long as a later
-    use. No side should be charged for that. The memory is anonymous, because pages of a file would be written to disk
-    later, while the side is measured.
+    use. The times of a side should not contain this. The memory is anonymous, because pages of a file would be written
+    to disk later, while the side is measured.
     """
     with mmap.mmap(-1, size) as pages:
         for begin in range(0, size, mmap.PAGESIZE):
@@ -142,7 +142,7 @@ def touch_pages(size: int) -> None:
 
 
 def say(text: str, **values: Any) -> None:
-    """Report a result to the process that started this one: `text` for people, `values` for the record."""
+    """Report a result to the process that started this process: `text` for people, `values` for the record."""
     print(_MARK + json.dumps({"text": text, **values}), flush=True)
 
 
@@ -193,7 +193,7 @@ def _follow(process: subprocess.Popen, log: TextIO, deadline: float, take: Calla
                 break  # another process keeps the output of this process open
             if time.monotonic() < deadline:
                 continue
-            return "its time was over while it ran; give it more with --minutes"
+            return "the time was over while this measurement ran; give more time with --minutes"
         if line is None:
             break
         if line.startswith(_MARK):

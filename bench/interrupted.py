@@ -1,4 +1,4 @@
-"""Defines a cell of bench.interruptions, which is one interruption of a launch, and a trial, which runs a cell."""
+"""Defines the cells of bench.interruptions (one interruption of a launch each) and the trial that runs a cell."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ from bench.emulated import BUCKET, LAB, LAB_ROOT, POLL_SECONDS, PORT, SWITCH_MIN
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
-# The order in which stages are measured. The time may not suffice for all stages, so the most important ones come
+# The order in which stages are measured. The time may not suffice for all stages, so the most important stages come
 # first.
 FIRST = ("provision", "sync", "job", "set-up", "build", "request")
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
@@ -39,7 +39,7 @@ PATH=~/slow:$PATH
 class Cell:
     """One interruption of a launch, and its results. Seconds count from the interruption.
 
-    None means that something did not happen.
+    A field is None if its event did not happen.
     """
 
     number: int
@@ -114,7 +114,7 @@ class Trial:
             "PREP_ARGS": "--data.val_fraction=0.05 --evaluation_sets=",
             "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}",
         }
-        # Tried three times: `sky api start` waits only a minute, which may not suffice on a busy machine.
+        # `sky api start` is tried three times, because it waits only a minute, which may not suffice on a busy machine.
         for _ in range(3):
             if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:
                 break
@@ -234,7 +234,7 @@ class Trial:
     def _follow(self) -> None:
         """Wait until every machine is gone or has been running for longer than the limit.
 
-        If a machine is still running, let the user come back.
+        If a machine is still running, the user comes back (`_come_back`).
         """
         assert self.launcher
         while True:
@@ -271,9 +271,10 @@ class Trial:
         cell.verdict = "gone within the limit" if cell.silent_for <= LIMIT_SECONDS else "gone too late"
 
     def _ended_by(self) -> str:
-        """The cause that ended the machines. The switch ends its own machine, and may not have logged this before.
+        """The cause that ended the machines.
 
-        So the time of the silence decides whether it was the switch.
+        The switch may end its machine before it has logged this. So a machine that was silent for the switch's time
+        counts as ended by the switch.
         """
         for machine in self.seen.values():
             silent = machine["end"] - max(machine["start"], machine.get("alive") or 0.0)
@@ -285,9 +286,9 @@ class Trial:
         return "SkyPilot"
 
     def _come_back(self) -> None:
-        """Plays the user who comes back. On Lambda he first runs `make watch`.
+        """Plays the user who comes back. On Lambda, the user first runs `make watch`.
 
-        If a machine is still running, he then runs `make down`.
+        If a machine is still running, the user then runs `make down`.
         """
         send(self.home, signal.SIGCONT)
         self._reconnect()

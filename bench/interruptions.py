@@ -4,8 +4,8 @@
 
 A cell is one of four events at one of six stages of a launch. The kind of launch (on demand or managed) and the cloud
 (AWS or Lambda) alternate, so that each kind and each cloud occurs with every event and at every stage. Each cell has a
-separate emulated computer: a home folder with SkyPilot's API server. It runs `launch.submit` of sky/prep-data.yaml,
-whose container and preparation are real. The events:
+separate emulated computer: a home folder with SkyPilot's API server. This computer runs `launch.submit` with
+sky/prep-data.yaml. The container and the preparation are real. The events:
 
     ctrl-c   SIGINT to the launcher
     kill     SIGKILL to the launcher and to SkyPilot's server, as when the computer is lost
@@ -14,10 +14,11 @@ whose container and preparation are real. The events:
 
 A machine counts as gone when its cloud no longer lists it, or lists it as terminated. The time limit is SWITCH_MINUTES
 plus two minutes. The limit counts from the latest of three times: the interruption, the machine's start, and the
-machine's last sign of life. If machines are still running after the limit, the computer comes back and ends them: on
-Lambda by `launch.watch` with a limit of one minute, elsewhere by `launch.down`. Each finished cell is stored in FILE,
-and a second call runs the cells that are missing. The emulated cloud must be up, with the project's `prep` image
-prepared.
+machine's last sign of life.
+
+If machines are still running after the limit, the computer comes back and ends them: on Lambda by `launch.watch` with a
+limit of one minute, elsewhere by `launch.down`. Each finished cell is stored in FILE, and a second call runs the cells
+that are missing. The emulated cloud must be up, with the project's `prep` image prepared.
 """
 
 import argparse

@@ -45,7 +45,7 @@ class Switches:
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of the ladder. `changes` are the switches that it turns on."""
+    """A row of the ladder. `changes` are the switches that the row turns on."""
 
     name: str
     changes: dict[str, Any]

@@ -1,14 +1,17 @@
-"""Measures loading of token windows from a bucket: ours beside mosaicml-streaming and litdata, and raw range reads.
+"""Compares loaders of token windows from a bucket: this project's, mosaicml-streaming, litdata, and raw range reads.
 
     python -m bench.loader [--rounds=3] [--million-tokens=64] [--sides=raw,ours,streaming,litdata] [--out=FILE]
 
 An S3 server on loopback holds the same tokens in the format of each side. A side runs as a process with an empty cache.
-It reports three figures: seconds to the first batch, tokens/s of the first pass (downloads included), and tokens/s of
-the second pass. The time to the first batch is measured twice: once with the imports of the side's library and of the
-store's library, and once without these imports. torch and numpy are imported before both. A batch is 64 random windows
-of 1024 tokens. CPU seconds count both passes of the side. On a shared machine, CPU seconds say more than wall-clock
-time. streaming and litdata are not dependencies of this project. To install them: `pip install --no-deps
-mosaicml-streaming litdata` and the packages that their imports then miss.
+A batch is 64 random windows of 1024 tokens. The figures of a side:
+
+    first batch       seconds without imports, and seconds with the imports of the libraries of the side and the store
+    first pass        tokens/s, downloads included
+    second pass       tokens/s
+    tokens per CPU s  in both passes; on a shared machine, CPU seconds are more reliable than wall-clock time
+
+streaming and litdata are not dependencies of this project. To install them: `pip install --no-deps mosaicml-streaming
+litdata` and the packages that their imports then miss.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled and plain blocks, kill and resume, determinism
     python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
     python -m bench.on_gpu gains --out=FOLDER     3 minutes: steps without one of the optimizations of a step
-    python -m bench.on_gpu all --out=FOLDER       the four, one after another
+    python -m bench.on_gpu all --out=FOLDER       all four parts, one after another
 
 Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
 record, the same as text, and a log of the processes' output. The program continues after a failed measurement. If the
@@ -28,7 +28,7 @@ from bench.gpu.records import Record
 
 TOKENS, SMALL_TOKENS = 1 << 24, 1 << 16
 _PROBLEMS = ("failed", "no time")
-NO_TIME = "the time was over before it began; give it more with --minutes"
+NO_TIME = "the time was over before this measurement began; give more time with --minutes"
 
 
 def main() -> None:

@@ -3,14 +3,16 @@
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
-End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
-machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
-map). The server's data is in --store. A folder in memory is fast enough for the fastest side; a small disk may not be.
+End to end, parquet files in a bucket become token shards in the same bucket. The side `read` is our reader alone, which
+is the upper bound of the speed. If --kind=csv is given, the source is CSV files; then give --sides=ours,map.
+
+An S3 server on loopback holds the bucket below --store and uses the same cores. A folder in memory is fast enough for
+the fastest side; a small disk may not be. If --where=folder is given, no server runs, and all files are in a folder
+below --store.
+
 The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
-size). On a shared machine, compare the CPU seconds of the sides. The server's CPU seconds are listed separately,
-because with a remote store they would not be spent on this machine. If --where=folder is given, no server runs, and
-parquet files and shards are in a folder of --store. The side `read` is our reader alone. It is the upper bound of the
-speed. bench/corpus.py describes the text.
+size). On a shared machine, compare the CPU seconds. The server's CPU seconds are listed separately, because with a
+remote store they would not be spent on this machine. bench/corpus.py describes the text.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from demo.s3_server import S3Server
 # Seconds between two samples of the memory of all processes. A sample takes 15 ms on the cores that the measured side
 # also uses.
 SAMPLE_SECONDS = 0.5
-# Time limit in seconds. It is long enough for a side, its server and their files.
+# Bytes of memory to touch before a side is measured. They suffice for a side, its server and their files.
 PAGES_BYTES = 3 << 30
 
 
@@ -86,7 +88,7 @@ def _vocabulary() -> str:
 
 @contextlib.contextmanager
 def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]:
-    """The URL of an empty bucket or folder. For a bucket, also its server."""
+    """An empty bucket's URL and the bucket's server, or the path of an empty folder and None."""
     if options.where == "folder":
         with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
             yield folder, None

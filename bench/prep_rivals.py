@@ -6,7 +6,7 @@
 
 `fineweb` follows build-nanogpt's fineweb.py and llm.c's dev/data/fineweb.py: `load_dataset`, `Pool.imap` with chunks of
 16 documents, half of the cores, shards of 100 million uint16 tokens. `map` follows nanoGPT's
-data/openwebtext/prepare.py, in batches. Here, transfers are added to both: they first download all files, and upload
+data/openwebtext/prepare.py, in batches. Here, both sides also transfer files: they first download all files, and upload
 the shards at the end. SOURCE and TARGET are folders in a bucket. If TARGET is `memory`, nothing is stored.
 """
 

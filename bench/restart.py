@@ -7,7 +7,9 @@ Each preemption costs this time in addition to lost work.
 torchrun starts the trainer on this CPU: GPT-2 124M with AdamW's moments (1.49 GB on an S3 server on loopback), one
 sequence per step, an empty shard cache at each start. The first process trains until its first step is in the ledger
 and stops on SIGTERM with a checkpoint. Each further process restores that checkpoint and gets SIGKILL after its first
-step. The seconds by phase come from the ledger. They reach from the start of torchrun to the beginning of the first
+step.
+
+The seconds by phase come from the ledger. They cover the time from the start of torchrun to the beginning of the first
 step. Here, programs and checkpoint are in a warm page cache. A machine that has just booted reads them from disk and
 network, which takes longer.
 """

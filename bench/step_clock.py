@@ -27,7 +27,7 @@ def use_step_clock(after_step: Callable[[int], None] = lambda step: None) -> Non
         step_done(book, step)
         after_step(step)
 
-    from trainer.checkpoint.save import Saver  # imported here, because this module imports torch
+    from trainer.checkpoint.save import Saver  # imported here, because this import loads torch
 
     ledger.Ledger.step_done = a_second_later
     Saver.seconds = lambda saver: 0.0

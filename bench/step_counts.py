@@ -2,16 +2,16 @@
 
     python -m bench.step_counts [--before=../old] [--only=gpt2-124m-1] [--width=96] [--out=FILE]
 
-It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences. The numbers of operations
-equal those of the preset. Bytes depend on the width, and the bytes of the passes also on the number of tokens. Eight
-ranks are one process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not
-count. An operation over a list of tensors counts once, although a GPU needs a launch for about every 20 million numbers
-of the list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the
-host reads a value of a tensor. On a GPU, the host would wait at each of these places. `late` counts reads of values of
-the previous step, which has ended by then. The numbers are those of the last rank. The work is divided by size, so
-ranks that own rows of the embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a
-checkout of another commit. In commits before Muon's batches, AdamW was fused on a GPU only. On a CPU, it read its step
-counters, which are tensors; these reads are in the counts.
+It takes steps of the trainer's loop on a CPU, with short sequences, under a TorchDispatchMode. The counts of operations
+equal those of the preset. Bytes depend on the width, and the bytes of the passes also on the number of tokens.
+
+    operations   calls of kernels, without views and allocations; an operation over a list of tensors counts once
+    moved        the sizes of all tensors that operations read and write
+    reads        the places where the host reads a value of a tensor; on a GPU, the host would wait there
+    late         the reads of values of the previous step, which has ended by then
+
+Eight ranks are one process whose collectives move nothing. The numbers are those of the last rank. It owns no rows of
+the embeddings, so it gets more of Muon's matrices than other ranks. `--before` names a checkout of another commit.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:
 
 
 def count_steps(settings: PretrainConfig, world: int) -> dict[str, Any]:
-    """Counts of one step of the trainer's loop, after some other steps."""
+    """Counts of one step of the trainer's loop, after WARM_UP other steps."""
     import torch
 
     torch.set_num_threads(1)
@@ -236,7 +236,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
 
 
 def _counter() -> Any:
-    """A counter. Its classes are defined here, because the module does not import torch."""
+    """A counter of operations. Its classes are defined here, because only functions of this module import torch."""
     from collections import Counter
 
     import torch

@@ -153,7 +153,7 @@ def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Sid
 
 
 def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
-    """karpathy/build-nanogpt as of its last commit, which does not compile."""
+    """karpathy/build-nanogpt at its last commit. It does not use torch.compile."""
     # build-nanogpt's evaluation imports packages that a step does not need.
     sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
     module = _load(folder / "build-nanogpt" / "train_gpt2.py", before="\n# simple launch:")

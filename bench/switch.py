@@ -74,7 +74,8 @@ def main() -> None:
 def start(minutes: float, tags: dict[str, str], spot: bool, has_network: bool) -> str:
     """Start a machine and return its id.
 
-    The machine is in a subnet of the emulated cloud, because its services can be reached only from there.
+    If `has_network` is true, the machine is in a subnet of the emulated cloud. The cloud's services can be reached only
+    from there.
     """
     ec2 = boto3.client("ec2", region_name="us-east-1")
     zone = [{"Name": "availability-zone", "Values": ["us-east-1a"]}]

@@ -116,7 +116,7 @@ def _train_step(record: Mapping[str, Any]) -> list[Row]:
     return [
         (what, f"{mine} tokens/s", f"{quantity(theirs)} ({side})", harness.ratio(runs, "ours", side, key))
         for side, theirs in speed.items()
-        # Left out, because the table compares with other trainers and not with an earlier version.
+        # `before` is left out, because the table compares with other trainers and not with an earlier version.
         if side not in ("ours", "before")
     ]
 

@@ -44,7 +44,7 @@ def make(folder: str, tokens: int, text: Path | None = None) -> Manifest:
 
 
 def random_ids(count: int, seed: int) -> np.ndarray:
-    """(count,) uint16, uniform over GPT-2's vocabulary."""
+    """Random ids (count,), uint16, uniform over GPT-2's vocabulary."""
     return np.random.default_rng(seed).integers(0, GPT2_VOCAB_SIZE, count, dtype=np.uint16)
 
 
@@ -87,7 +87,8 @@ def _split(folder: str, name: str, shards: Iterable[np.ndarray]) -> Split:
 
 def _generated(tokens: int) -> np.ndarray:
     random = np.random.default_rng(1)
-    # The logarithm of a follower's id is uniform, so small ids are frequent: their frequencies resemble those of words.
+    # The logarithm of a follower's id is uniform, so small ids are frequent. The frequencies of ids resemble those of
+    # words.
     follower_of = np.exp(random.uniform(0, np.log(GPT2_END_OF_TEXT), (GPT2_END_OF_TEXT, len(FOLLOWERS))))
     follower_of = np.minimum(follower_of, GPT2_END_OF_TEXT - 1).astype(np.uint16)
     documents = -(-tokens // DOCUMENT)

@@ -2,15 +2,19 @@
 
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
-All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
-table shows medians. `ours` is the step of the trainer's loop. `plain` is the step of teaching code (complete logits,
-torch's AdamW); on a GPU it is also measured compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and
-modded-nanogpt. `before` is our step in another checkout of this project (--before). Tokens are random, or the first
-ones of a dataset (--data); bench.loader measures reading.
+All sides use one device, and the same model, batch and precision. Each side runs as a process, in interleaved rounds.
+The table shows medians.
+
+    ours     the step of the trainer's loop
+    before   our step in another checkout of this project (--before)
+    plain    the step of teaching code (complete logits, torch's AdamW); on a GPU it is also measured compiled
+    others   nanoGPT, build-nanogpt and modded-nanogpt, if FOLDER holds their checkouts
+
+Tokens are random, or the first tokens of a dataset (--data). bench.loader measures the reading of tokens.
 
 The roofline is the lower bound of a step's time. It is the longer of two times. The first is the time of the matrix
-products at the device's peak, which is that of core.gpus or, on a CPU, measured with a large product. The second is the
-time to read and write weights, gradients and optimizer state once.
+products at the device's peak FLOP/s. core.gpus lists the peak of a GPU; on a CPU, a large product measures the peak.
+The second is the time to read and write weights, gradients and optimizer state once.
 """
 
 import argparse
@@ -171,7 +175,7 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
 
 
 def _toggle(options: argparse.Namespace) -> None:
-    """Set torch's global switches. This must come before the first step, because its compilation reads them."""
+    """Set torch's global switches. This must come before the first step, whose compilation reads the switches."""
     import torch
 
     if options.optimize_ddp:
@@ -181,7 +185,7 @@ def _toggle(options: argparse.Namespace) -> None:
 
 
 def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> list:
-    """The micro-batches of a step, each (sequences, context + 1); every step uses the same."""
+    """The micro-batches of a step, each (sequences, context + 1). Every step uses the same micro-batches."""
     import torch
 
     shape = (settings.batch.micro_batch_size, settings.model.context + 1)
@@ -252,7 +256,7 @@ def show(results: dict) -> None:
 
 
 def _peak(runs: dict[str, list[dict]]) -> float | None:
-    """The peak FLOP/s for MFU. It is the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
+    """The peak FLOP/s for MFU: the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
     measured = [run["roofline"]["peak_flops"] for results in runs.values() for run in results]
     return max((each for each in measured if each), default=None)
 

@@ -1,12 +1,12 @@
-"""Prepares a dataset: plans the parts, encodes the missing ones, writes the manifest.
+"""Prepares a dataset: plans the parts, encodes the missing parts, writes the manifest.
 
 An interrupted preparation continues with the missing parts. The result does not depend on interruptions or on the
 number of workers and nodes.
 
 Each part of the source becomes complete shards (data_prep/part.py). Parts are therefore independent, each token is
-uploaded once and never read again, and the last step only merges records. The price for this is that the last shard of
-each part is shorter than the others. Readers support such shards. Shards of equal size would need a last step that
-downloads and uploads 20 GB per ten billion tokens on one machine.
+uploaded once and never read again, and the last step only merges records. The last shard of each part is therefore
+shorter than the others, and readers support this. Shards of equal size would need a last step that downloads and
+uploads 20 GB per ten billion tokens on one machine.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Finds exact duplicates of documents in the whole dataset, in bounded memory.
 
 A first pass over the source stores the sorted hashes of all texts of each part. Each node then reads the hashes of all
-parts, one range of hash values at a time. It stores the numbers of the duplicates in its own parts. Of several equal
-documents, the first in the order of the source is kept, so the result does not depend on the number or speed of the
-nodes.
+parts, one range of hash values at a time, and stores the numbers of the duplicates in the node's parts. Of several
+equal documents, the first in the order of the source is kept, so the result does not depend on the number or speed of
+the nodes.
 
     parts/<part>-<content>.hashes   257 int64 offsets, then each document's hash (two uint64) and number (uint32)
     parts/<part>-<plan>.drops        uint32 numbers, ascending
@@ -27,8 +27,7 @@ from data_prep.sources.files import Part
 
 BUCKETS = 256  # one bucket for each value of the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
-# Bytes of memory per document that sorting a range of hashes takes. Ranges are chosen so that this memory fits into
-# MEMORY_BYTES.
+# Bytes of memory per document to sort a range of hashes. A range is so small that its sorting fits into MEMORY_BYTES.
 SORT_BYTES = 64
 MEMORY_BYTES = 512 << 20
 THREADS = 16

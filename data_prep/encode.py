@@ -1,7 +1,7 @@
-"""Encodes text as GPT-2 token ids. gigatoken does this where it has a wheel, else tiktoken, the reference.
+"""Encodes text as GPT-2 token ids. The engine is gigatoken, or tiktoken on platforms without a wheel of gigatoken.
 
-Both engines treat all characters of a document as ordinary text. "<|endoftext|>" in a document becomes the seven tokens
-of its spelling, and never the token 50256. Only the shard writer adds that token.
+tiktoken is the reference. Both engines treat all characters of a document as ordinary text. "<|endoftext|>" in a
+document becomes the seven tokens of its spelling, and never the token 50256. Only the shard writer adds that token.
 
 The input is an Arrow array, the output one flat array of ids. The fast path creates no Python strings. gigatoken gets
 one document per call, because its batch calls are not faster for web pages and need the package awkward, which takes
@@ -23,18 +23,18 @@ from data_prep.sources.documents import buffers
 
 log = logging.getLogger(__name__)
 
-# gigatoken caches every distinct word: 20 MB of random words take 120 MB. If the process takes more memory than this, a
-# new tokenizer replaces the old one. The replacement takes 0.05 s. A new tokenizer has an empty cache and is three
-# times slower. So a tokenizer is kept for at least this much text.
+# gigatoken caches every distinct word: 20 MB of random words take 120 MB. If the process takes more than
+# RENEW_RESIDENT_BYTES, a new tokenizer replaces the old one in 0.05 s. A new tokenizer has an empty cache and is three
+# times slower, so a tokenizer is kept for at least RENEW_TEXT_BYTES of text.
 RENEW_RESIDENT_BYTES = 640 << 20
 RENEW_TEXT_BYTES = 64 << 20
 
-# At the start of each part, a check compares both engines. It covers this fraction of the part's source bytes, within
-# these limits.
+# At the start of each part, a check compares both engines on CHECK_SHARE of the part's source bytes, but at least on
+# CHECK_LEAST_BYTES and at most on CHECK_BYTES.
 CHECK_BYTES = 256 << 10
 CHECK_LEAST_BYTES = 64 << 10
 CHECK_SHARE = 1 / 128
-# Long documents are skipped: many short ones test more, and tiktoken takes a second for some words of a megabyte.
+# Long documents are skipped: many short documents test more, and tiktoken takes a second for some words of a megabyte.
 CHECK_DOCUMENT_BYTES = 100 << 10
 
 
@@ -65,7 +65,7 @@ def open_engine(choice: str, vocabulary: Vocabulary) -> Engine:
 
 
 class TiktokenEngine:
-    """The reference (openai/tiktoken, `encode_ordinary`)."""
+    """The reference engine (openai/tiktoken, `encode_ordinary`)."""
 
     name = "tiktoken"
 
@@ -77,7 +77,7 @@ class TiktokenEngine:
 
 
 class GigatokenEngine:
-    """gigatoken on one thread. Worker processes encode several parts in parallel."""
+    """The engine gigatoken on one thread. Worker processes encode several parts in parallel."""
 
     name = "gigatoken"
 

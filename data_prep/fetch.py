@@ -11,7 +11,7 @@ that would silently give wrong tokens: a file in both splits, ids wider than the
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # called before the imports that take seconds
+    stop.listen()  # this call comes before the imports, which take seconds
 
 import functools
 import hashlib
@@ -173,10 +173,7 @@ def fetch(
 
 
 def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
-    """Raises DataError for a file that would be imported twice.
-
-    It may be named for both splits, or under two names for one split.
-    """
+    """Raises DataError for a file that would be imported twice: in both splits, or in one split under two names."""
     train, val = files["train"], files.get("val", ())
     remedy = "narrow source.train_url, for example to *train*, or leave source.val_url empty"
     places: dict[str, str] = {}
@@ -185,7 +182,7 @@ def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
         if place not in places:
             places[place] = split
         elif places[place] == split:
-            raise DataError(f"{file.uri}: is in the {split} split by two names; narrow source.{split}_url to one")
+            raise DataError(f"{file.uri}: has two names in the {split} split; narrow source.{split}_url to one of them")
         else:
             raise DataError(f"{file.uri}: is in both splits, so that validation would measure training text; {remedy}")
     for one, other in itertools.product(train, val):
@@ -314,7 +311,7 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
 
 
 def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
-    """Whether the finished shards of another plan are the same as this plan would make."""
+    """Whether the finished shards of another plan are the shards that this plan would make."""
     wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
     records = {name: _record(data_url, name) for name in finished}
     return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())

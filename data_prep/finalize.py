@@ -33,7 +33,7 @@ from data_prep.sources.files import Part
 log = logging.getLogger(__name__)
 
 READ_THREADS = 16
-# An id is reported if it belongs to at least this many documents, and to more than this share of all documents.
+# An id is reported if at least LEAST_SHARED documents have it, and more than the share LARGEST_SHARE of all documents.
 LEAST_SHARED = 10
 LARGEST_SHARE = 0.01
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
@@ -131,10 +131,7 @@ def _judge(records: list[PartRecord], config: PrepConfig) -> None:
 
 
 def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
-    """A sentence about the most frequent id, if it belongs to so many documents that it distorts the split.
-
-    Otherwise the text is empty.
-    """
+    """A sentence about the most frequent id, if so many documents have this id that it distorts the split, else ""."""
     total: Counter[int] = Counter()
     for record in records:
         total.update(dict(record.shared))
@@ -169,7 +166,7 @@ def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
             number += 1
     if tokens < limit or (config.data.val_fraction and not tokens):
         log.warning(
-            "validation has %d tokens, %s; raise data.val_fraction (now %g) in a new set for more",
+            "validation has %d tokens, %s; raise data.val_fraction (now %g) and prepare a new set for more",
             tokens,
             f"not the {limit} that data.val_tokens asks for" if limit else "no document fell into it",
             config.data.val_fraction,
@@ -180,7 +177,7 @@ def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
 
 
 def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (split key, token ids) of all candidates. Holds one part in memory. The seed determines their order."""
+    """Yields (split key, token ids) of all candidates. The seed determines the order. One part is in memory."""
     ordered = records
     if config.data.shuffle:
         ordered = sorted(records, key=lambda record: order(record.part, config.data.seed))

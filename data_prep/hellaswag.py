@@ -1,8 +1,8 @@
-"""Stores HellaSwag beside a token set. The stored form is the same, whichever copy is read.
+"""Stores HellaSwag beside a token set. The stored form does not depend on the copy that is read.
 
-HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
-fields and in the type of the label. All are converted to one form and compared with the checksum of that form, so that
-scores are comparable.
+HellaSwag here means all 10,042 items of the validation set of Zellers et al. 2019 (MIT licence). Copies differ in the
+order of fields and in the type of the label. All are converted to one form and compared with the checksum of that form,
+so that scores are comparable.
 """
 
 import hashlib
@@ -21,15 +21,16 @@ from data_prep.sources.rows import read_rows
 log = logging.getLogger(__name__)
 
 SOURCE = "hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet"
-# The authors' own file, hellaswag_val.jsonl in github.com/rowanz/hellaswag: 12,246,618 bytes.
+# Checksum of the authors' own file, hellaswag_val.jsonl in github.com/rowanz/hellaswag: 12,246,618 bytes.
 FILE_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-# The Hub's rows in the stored form. The authors' file has the same size, but the order of its fields varies.
+# Checksum of the Hub's rows in the stored form. The authors' file has the same size, but the order of its fields
+# varies.
 ROWS_SHA256 = "dc1be2fa1bef56aab8e92a5be597a617e363b09239fa66822939d7fb7a8da4ec"
 FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings", "source_id")
 
 
 def ensure(data_url: str, names: Sequence[str]) -> None:
-    """Store those of the evaluation sets `names` that are missing. Raises DataError, StorageError, with the remedy."""
+    """Store the evaluation sets `names`, unless stored already. Raises DataError, StorageError, with the remedy."""
     for name in names:
         if storage.exists(storage.join(data_url, "sets", f"{name}.json")):
             continue

@@ -30,9 +30,9 @@ python -m data_prep.inspect rows.jsonl [--length=1024]
 
 Show the content of the dataset at DATA_URL, decode random documents, and draw the distribution of their lengths.
 
-Of a set of conversations or preferences, stored beside the tokens (--set) or in a file of rows: turns, lengths,
-duplicates, the longest rows, and the share of tokens that carry loss after a cut at --length tokens. Token counts need
-GPT-2's vocabulary: that of DATA_URL, else VOCAB_URL, else tiktoken's download."""
+For a set of conversations or preferences (--set, or a file of rows), show turns, lengths, duplicates, the longest rows,
+and the share of tokens that carry loss after a cut at --length tokens. To count tokens, this program reads GPT-2's
+vocabulary from DATA_URL or, if it is not there, from VOCAB_URL or tiktoken's download."""
 OPTIONS = {"samples": "3", "split": "train", "seed": "0", "set": "", "length": "1024"}
 # Number of tokens to read after a random position. It is large enough to contain the start of a document.
 WINDOW_TOKENS = 1 << 16
@@ -135,7 +135,7 @@ def _overview(url: str, made: Manifest) -> Table:
 
 
 def _lengths(classes: list[int], kind: str) -> Table:
-    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the previous one."""
+    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the previous class."""
     table = Table(title=f"{kind} by tokens", title_justify="left", box=None)
     table.add_column("tokens", justify="right")
     table.add_column(kind, justify="right")

@@ -1,7 +1,8 @@
 """Chooses the parts of a preparation with a limited number of training tokens (data.train_tokens).
 
-The seed draws an order of the parts. The first parts in this order that together hold the tokens are the data set. So
-the result depends neither on the number of workers nor on interruptions, and a larger limit only adds parts.
+The seed determines a random order of the parts. The dataset consists of the first parts in this order that together
+hold enough tokens. So the result depends neither on the number of workers nor on interruptions, and a larger limit only
+adds parts.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ BYTES_PER_TOKEN = 2.8
 
 
 def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
-    """The parts that the data set needs, in the order in which the seed draws them.
+    """The parts that the dataset needs, in the random order that the seed determines.
 
-    If the number of tokens is not limited, these are all parts. While a part is unfinished, the number of parts after
-    it is an estimate. If `at_first` is true, the result is the estimate from before any part was finished. This
-    estimate is the same on every node at any time.
+    If the number of tokens is not limited, these are all parts. The tokens of an unfinished part are estimated, so the
+    number of parts may change. If `at_first` is true, every part counts as unfinished. The result is then the same on
+    every node at any time.
     """
     limit = plan.settings.get(LIMIT, 0)
     if not limit:

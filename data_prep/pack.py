@@ -1,7 +1,7 @@
-"""Packs documents into shards of exactly `shard_tokens` tokens. A shard is uploaded while the next one is filled.
+"""Packs documents into shards of exactly `shard_tokens` tokens. A shard is uploaded while the next shard is filled.
 
 An end-of-text token precedes each document. A shard's documents are sorted by a hash of their ids. This shuffle needs
-no random generator and is the same on every machine. A document at the end of a shard continues in the next one.
+no random generator and is the same on every machine. A document at the end of a shard continues in the next shard.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from core.data.shard import header_bytes
 class ShardWriter:
     """Context manager: `add` documents, then read `entries`. `name` is a format string for the shard's number.
 
-    Memory holds at most the documents of one shard, that shard, and the previous one during its upload.
+    Memory holds at most the documents of one shard, that shard, and the previous shard during its upload.
     """
 
     def __init__(self, data_url: str, name: str, shard_tokens: int, end_of_text: int, shuffle: bool):
@@ -51,7 +51,7 @@ class ShardWriter:
         return tuple(future.result() for future in self._stored)
 
     def add(self, ids: np.ndarray, order: int) -> None:
-        """Adds a document (uint16 ids without end-of-text). `order` is its sort key in a shuffled shard."""
+        """Adds a document (uint16 ids without end-of-text). `order` is the document's sort key in a shuffled shard."""
         self._documents.append((order, ids))
         self._tokens += len(ids) + 1
         while self._tokens >= self._shard_tokens:
@@ -69,7 +69,7 @@ class ShardWriter:
         # The document at the end of the shard is divided. This shard takes the tokens that fit.
         rest = cut - (int(ends[whole - 1]) if whole else 0)
         taken = [*pieces[:whole], *(piece[:rest] for piece in pieces[whole : whole + 1])]
-        # The same copy, with the header, is hashed and stored.
+        # The tokens are copied once, together with the header. This copy is hashed and stored.
         shard = b"".join([header_bytes(cut), *(piece.astype("<u2", copy=False) for piece in taken)])
         self._carry = np.concatenate([np.zeros(0, np.uint16), *pieces[whole:]])[rest:]
         self._documents.clear()
@@ -79,7 +79,7 @@ class ShardWriter:
         self._stored.append(self._pool.submit(_store, self._data_url, name, shard, cut))
 
     def _await(self, unfinished: int) -> None:
-        """Waits until at most `unfinished` uploads are in progress. Raises the errors of the finished ones."""
+        """Waits until at most `unfinished` uploads are in progress. Raises the errors of finished uploads."""
         for future in self._stored[: len(self._stored) - unfinished]:
             future.result()
 

@@ -27,7 +27,7 @@ from data_prep.sources.files import Part
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
 LARGEST_RECORD = 1 << 30  # largest size of a record in bytes; a candidate for validation takes 30 bytes
-# How many of the most common keys a record stores. They show whether many documents have the same id.
+# Number of the most common split keys that a record stores. These keys show whether many documents have the same id.
 SHARED_KEYS = 16
 
 
@@ -59,7 +59,7 @@ class PartRecord:
 
 @dataclass
 class WorkerState:
-    """The state of a worker process. All parts that the process prepares use it."""
+    """The state of a worker process. It is the same for all parts that the process prepares."""
 
     config: PrepConfig
     plan: PrepPlan

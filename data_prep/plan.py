@@ -3,9 +3,11 @@
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
 the file sizes alone determine the parts, and no footer has to be read. All processes read the same stored plan. A plan
 with another source, other settings or another seed is refused if it would change the shards of a finished part. So a
-dataset never mixes two preparations. A source file is identified by its size and by a hash of its last bytes. In a
-parquet file, these bytes are the footer. The footer holds the offsets and statistics of every column chunk, so files
-with different contents have different footers.
+dataset never mixes two preparations.
+
+A source file is identified by its size and by a hash of its last bytes. In a parquet file, these bytes are the footer.
+The footer holds the offsets and statistics of every column chunk, so files with different contents have different
+footers.
 """
 
 import contextlib
@@ -37,13 +39,14 @@ VERSION = 1
 TAIL_BYTES = 64 << 10
 LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; each source file takes about 250 bytes
 LISTING_THREADS = 32
-# Settings that name the source. The files in the plan define the result, not the source's name.
+# Settings that name the source. The result depends on the files in the plan, and not on these names.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
 # Settings that choose which parts are used, and do not change the content of a part.
 CHOOSING = frozenset({"data.train_tokens"})
 
-# Takes the finished parts and the plan that made them. Returns whether a new plan would make the same parts.
+# A function of the finished parts and of the plan that made them. It returns whether a new plan would make the same
+# parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
 
@@ -89,7 +92,7 @@ class PrepPlan:
     def content_of(self, part: Part) -> str:
         """SHA-256 of everything that the documents of a part depend on.
 
-        The source files of other parts do not affect it.
+        The source files of other parts do not change the result.
         """
         settings = {key: value for key, value in self._result().items() if key not in CHOOSING}
         document = {"settings": settings, "part": [part.index, part.start, part.end, *part.file.content]}
@@ -109,7 +112,7 @@ class PrepPlan:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The name of the source at the start of the preparation, for the manifest."""
+        """The name of the source for the manifest, as it was at the start of the preparation."""
         if self.begun:
             return self.begun.origin
         revision = {"revision": hub.revision_of(self.files[0].uri)}
@@ -193,8 +196,8 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 def pinned(url: str, revision: str, data_url: str) -> str:
     """An hf:// address with a commit.
 
-    The commit is that of `revision`, else that of the unfinished preparation at `data_url`, else the newest one. A
-    revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
+    The commit is taken from `revision`, else from the unfinished preparation at `data_url`. Otherwise it is the newest
+    commit. A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """
     if not hub.is_address(url):
         return url
@@ -213,7 +216,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
 def _begun_revision(config: PrepConfig) -> str:
     """The commit that an unfinished preparation of the same dataset at `data.url` uses.
 
-    It is empty if there is no such preparation.
+    The result is "" if there is no such preparation.
     """
     with contextlib.suppress(ObjectNotFound):
         begun = read(config.data.url)
@@ -224,10 +227,10 @@ def _begun_revision(config: PrepConfig) -> str:
 
 
 def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tuple[PrepPlan, bool]:
-    """Stores the plan below `data_url`, or accepts an equal one. Returns the stored plan, and whether it is complete.
+    """Stores the plan below `data_url`, or accepts an equal stored plan.
 
-    A new plan replaces the old one if no part is finished, or if `accepts(finished parts, old plan)` returns true; by
-    default `accepts` is `PrepPlan.accepts`.
+    Returns the plan, and whether the dataset is complete. A new plan replaces the old one if no part is finished, or if
+    `accepts(finished parts, old plan)` returns true; by default `accepts` is `PrepPlan.accepts`.
 
     Raises DataError if another source, seed or setting was used there. Raises StorageError if `data_url` is not
     writable.

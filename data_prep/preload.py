@@ -1,7 +1,7 @@
 """Imports the workers' modules in the process from which workers are forked (data_prep/starter.py).
 
-No other module imports this one. The garbage collector is off during the imports, and later it ignores the imported
-objects. It would otherwise spend a tenth of a worker's time on them.
+No other module imports this module. The garbage collector is off during the imports, and later it ignores the imported
+objects. Otherwise the collector would spend a tenth of a worker's time on these objects.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ also writes a ledger for the cost report. data_prep/build.py describes the steps
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # called before the imports that take seconds
+    stop.listen()  # this call comes before the imports, which take seconds
 
 import functools
 import logging
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         with log_of_node as segment:
-            # The set is stored before the hours of work, because the Hub may refuse the download.
+            # HellaSwag is stored before the hours of work, because the Hub may refuse the download.
             if config.node_rank == 0:
                 hellaswag.ensure(config.data.url, config.evaluation_sets)
             check = functools.partial(booking.check_cap, segment, config.data.url, config.max_usd)

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = "instructions") -> SetInfo:
-    """Checks rows and stores the valid ones. Raises DataError if more than MAX_BAD_FRACTION of them are invalid."""
+    """Checks rows and stores the valid rows. Raises DataError if more than MAX_BAD_FRACTION of the rows are invalid."""
     schema, form = KINDS[kind]
     found = read_rows(source)
     good: list[dict[str, Any]] = []

@@ -66,7 +66,7 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
     read = context.Value("q", 0)
     reported = 0
     total = Done()
-    # The workers get this environment, because the server may have started before a variable was set.
+    # The workers get the environment of this process, because the server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
@@ -116,7 +116,8 @@ def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
         with read.get_lock():
             read.value += count
 
-    # The worker's state is opened with the first part, so that an error in this becomes an error of the part.
+    # The worker's state is opened with the first part, so that an error while it is opened becomes an error of the
+    # part.
     _work = functools.cache(lambda: _open(job, fetched))
 
 

@@ -37,12 +37,14 @@ def ask(folder: RunFolder) -> str:
     schedule = (config.get("optimizer") or {}).get("schedule")
     if schedule != "wsd" and not any(each.kind == "extend" for each in changes):
         raise RunError(
-            f"{folder}: its optimizer.schedule is {schedule}, which fixes every rate from the start; only a run with "
-            "optimizer.schedule=wsd can be annealed at any time"
+            f"{folder}: its optimizer.schedule is {schedule}, which fixes every learning rate from the start; "
+            "only a run with optimizer.schedule=wsd can be annealed at any time"
         )
     if changes and changes[-1].is_cooldown:
         last = changes[-1]
-        raise RunError(f"{folder}: its cooldown is decided: after step {last.step}, to step {last.end}")
+        raise RunError(
+            f"{folder}: its cooldown is decided: it begins after step {last.step} and ends at step {last.end}"
+        )
     course.request_anneal(folder)
     return f"{folder}: the cooldown is requested; the run's log says when it begins (make logs)"
 

@@ -1,9 +1,9 @@
-"""Starts trainer.chat on this computer with the run that BUCKET and RUN name.
+"""Starts trainer.chat on this computer with the newest checkpoint of the run that BUCKET and RUN name.
 
     BUCKET=my-bucket RUN=gpt2-124m python -m launch.chat [--temperature=0.7 ...]
 
-MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat. The
-weights of the newest checkpoint are read from the bucket.
+The weights are read from the bucket. If MODEL is set, it names another model: a checkpoint, a folder, or a public
+model. CHAT_ARGS holds more settings of trainer.chat.
 """
 
 import os

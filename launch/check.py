@@ -2,8 +2,8 @@
 
     BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]
 
-Prints one line per finding: `ok`, `!` (works, but look), `x` (would fail, with the remedy), `?` (no answer). Exits with
-1 if there is an `x`. Writes one small object into the bucket and deletes it.
+Prints one line per finding: `ok`, `!` (works, but look), `x` (would fail, with the remedy), `?` (could not be checked).
+Exits with 1 if there is an `x`. Writes one small object into the bucket and deletes it.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def _fit(config: TrainingConfig, model: ModelConfig, gpu: str, count: int, ranks
 
 
 def _start_model(tuned: FinetuneConfig) -> ModelConfig:
-    """The model that a tuning starts from. If its name is unknown, GPT-2 124M is assumed."""
+    """The model that a tuning starts from. For an unknown name, GPT-2 124M is assumed."""
     start = tuned.start.weights.partition("/checkpoints/")[0]
     if "://" in start:
         return loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
@@ -156,7 +156,7 @@ def _start_model(tuned: FinetuneConfig) -> ModelConfig:
 
 
 def setting_problems(settings: Mapping[str, str]) -> list[str]:
-    """Yields a sentence for each setting that the node would refuse."""
+    """A sentence for each setting that the node would refuse."""
     found = []
     for name, parse in PARSERS.items():
         if settings.get(name):  # an empty variable means the default of the setting
@@ -194,7 +194,7 @@ def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
     return parse
 
 
-# The node uses the same parsers.
+# For each variable, a parser that raises ConfigError if the node would refuse the value.
 PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "BUCKET": bucket.root,
     "RUN": lambda settings: bucket.name(settings, "RUN"),
@@ -287,7 +287,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
-        yield Finding("!", f"cap: the cost of {folder} so far is not known, so MAX_USD will be refused")
+        yield Finding("!", f"cap: the cost of {folder} so far is not known, so a node will refuse MAX_USD")
     elif max_usd and usd >= max_usd:
         remedy = "set a larger MAX_USD, or another RUN"
         yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
@@ -323,7 +323,7 @@ def _platform(request: MachineRequest) -> str:
 
 
 def cloud_names(task: TaskSpec) -> list[str]:
-    """The clouds that a task requests. If a request leaves the choice open, these are all providers."""
+    """The clouds that a task requests. If a request names no cloud, all clouds are returned."""
     return sorted({name for request in task.requests for name in ([request.cloud] if request.cloud else CLOUDS)})
 
 

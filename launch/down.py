@@ -3,10 +3,10 @@
     python -m launch.down             look only
     python -m launch.down --down      cancel managed jobs, take clusters down, end machines, wait until they are gone
 
-On a terminal, it asks once before it ends anything. YES=1 answers this question with yes. ALL=1 also ends machines that
-other users of the same account started, if they have this project's label. If a step fails, the failure is reported and
-the next steps are still taken. Exit codes: 0, every source says that nothing is up; 1, something is up; 2, nothing was
-found, but a source could not be asked.
+On a terminal, the program asks once before it ends anything. YES=1 answers this question with yes. ALL=1 also ends
+machines that other users of the same account started, if they have this project's label. If a step fails, the failure
+is reported and the next steps are still taken. The exit code is 0 if every source says that nothing is up, 1 if
+something is up, and 2 if nothing was found but a source could not be asked.
 """
 
 import os
@@ -25,8 +25,8 @@ from core.errors import ConfigError
 from launch import left, spent
 from launch.left import FOUND, Survey, brief, look
 
-# Seconds to wait until everything is gone. When a job is cancelled, the controller ends the job's machine within a
-# minute or two. After that, the controller itself is ended.
+# Seconds to wait until everything is gone. The controller needs a minute or two to end the machine of a cancelled job.
+# Only then is the controller itself ended.
 WAIT_SECONDS = 600.0
 POLL_SECONDS = 5.0
 
@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> int:
 
 
 def endings(survey: Survey, everyone: bool) -> list[str]:
-    """A line for each thing that `end` ends."""
+    """A line for each job, cluster and other resource that `end` ends."""
     jobs = [f"managed job {job['job_id']} {job['job_name']}" for job in survey.jobs or ()]
     clusters = [f"cluster {cluster['name']}" for cluster in survey.clusters or ()]
     if survey.clusters is None:
-        clusters = ["each cluster that has the name of a task in sky/, because SkyPilot lists none"]
+        clusters = ["each cluster that has the name of a task in sky/, because SkyPilot could not list clusters"]
     return [*jobs, *clusters, *(str(each) for each in survey.on_clouds if _may_end(each, everyone))]
 
 
@@ -143,10 +143,10 @@ def _ends_with_its_job(cluster: dict[str, Any]) -> bool:
 
 @contextmanager
 def _step(what: str) -> Iterator[None]:
-    """Do one step. Reports an error and continues, because the next step may still end something."""
+    """Run one step. An error is printed and not raised, because the next step may still end something."""
     try:
         yield
-    except Exception as error:  # any error of SkyPilot, credentials or network
+    except Exception as error:  # SkyPilot, credentials or network may cause any error
         print(f"?  {what}: {brief(error)}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Carries out one stage of a run with a budget: launches its task as often as needed, and waits until it is done.
+"""Carries out one stage of a run with a budget: launches the stage's task as often as needed until the stage is done.
 
 The bucket shows the finished work, and SkyPilot shows the running jobs. This module keeps no other state.
 """
@@ -22,9 +22,9 @@ from launch.submit import NO_CHECK, submit
 from launch.undo import CLOCK_SECONDS
 
 POLL_SECONDS = 30.0
-# This command stops after this many launches of a stage in a row without progress.
+# This command stops if so many launches of a stage in a row make no progress.
 MOST_WITHOUT_PROGRESS = 3
-# This command stops after this many questions in a row that SkyPilot does not answer.
+# This command stops if SkyPilot does not answer so many questions in a row.
 MOST_UNANSWERED = 40
 STOPPED = 130
 SIGNALLED = 128  # an exit code above this number means that a signal ended the command
@@ -37,13 +37,14 @@ class Driver:
         self._folder, self._budget = folder, budget
         self._options = [each for each in arguments if each == NO_CHECK]
         self._launched: list[tuple[str, int, float]] = []  # for each launch by this command: stage, progress, unix time
-        self.failed: list[str] = []  # names of failed stages that are not needed
+        self.failed: list[str] = []  # names of failed stages that later stages do not need
 
     def carry_out(self, stage: Stage) -> int:
         """Returns 0 once the stage is done, else the exit code of a failed launch.
 
-        Raises RunError if the stage has failed or makes no progress. A stage that the next stages do not need may fail,
-        or may be left out because the money is spent. `failed` then contains its name.
+        Raises RunError if the stage has failed or makes no progress. If later stages do not need this stage, it may
+        fail, or be left out because the money is spent. In both cases, 0 is returned and `failed` contains the stage's
+        name.
         """
         try:
             code = self._carry_out(stage)
@@ -110,9 +111,9 @@ class Driver:
         return submit(stage.task, [*stage.options, *self._options], settings)
 
     def _up(self, stage: Stage) -> str:
-        """The job or cluster that runs a stage, by SkyPilot's records. "" if no job or cluster runs it.
+        """The job or cluster that runs a stage, according to SkyPilot. "" if no job or cluster runs it.
 
-        Raises ConfigError if SkyPilot does not answer. Raises RunError if another run has the stage's cluster.
+        Raises ConfigError if SkyPilot does not answer. Raises RunError if another run uses the stage's cluster.
         """
         settings = stage.settings()
         task = read_task(managed.chosen(stage.task, settings), settings)
@@ -136,8 +137,8 @@ class Driver:
             jobs = [job for job in jobs if float(job.get("submitted_at") or 0.0) >= since - CLOCK_SECONDS]
             is_stopped = bool(jobs) and str(jobs[0]["status"]).startswith("CANCEL")
         else:
-            # Only the machines of managed jobs are on spot. A program on any other machine is asked to stop only if a
-            # user ends the machine.
+            # Only managed jobs use spot machines. A program on any other machine is asked to stop only if a user ends
+            # the machine.
             segment = last_segment(stage.ledger, since)
             is_stopped = ((segment and segment.end) or {}).get("reason") == "preempted"
         if is_stopped:
@@ -170,7 +171,7 @@ def _cluster(name: str, run: str) -> str:
 
 
 def _check_end(stage: Stage, since: float) -> None:
-    """Raises RunError if the newest machine of a stage has failed, because another one would fail in the same way."""
+    """Raises RunError if the newest machine of a stage has failed, because another machine would fail too."""
     segment = last_segment(stage.ledger, since)
     end = (segment and segment.end) or {}
     if end.get("reason") == "failed" or (end.get("reason") == "cap" and stage.name != TRAINING):

@@ -1,8 +1,8 @@
-"""Records the end of a run's machines, once their cloud shows it: RUN_URL/machines/ATTEMPT/gone.json.
+"""Records when a run's machines were gone, once their cloud shows it, in RUN_URL/machines/ATTEMPT/gone.json.
 
-`make status` and `make down` call this module. A launch calls it before it checks the cap. AWS lists an ended machine
-for about an hour; Lambda does not list ended machines. The recorded ends serve the cap: for the shutdown, it reserves
-the longest time that a machine of the run took on the same cloud (core/run/paid.py).
+`make status` and `make down` call this module. Each launch calls it before the check of the cap. AWS lists an ended
+machine for about an hour; Lambda does not list ended machines. The cap reserves time for the shutdown of a machine: the
+longest shutdown that was recorded for this run on the same cloud (core/run/paid.py).
 """
 
 from clouds.base import Instance, Unavailable
@@ -14,7 +14,7 @@ CLOCK_SECONDS = 5.0
 
 
 def record(run_url: str) -> list[str]:
-    """Record the ends that the clouds know and that are not recorded yet. Returns a line for each recorded end.
+    """Record the ends of machines that the clouds list, unless recorded. Returns a line for each recorded end.
 
     Raises StorageError.
     """
@@ -40,10 +40,10 @@ def _gone_at(machine: paid.Paid) -> float | None:
 
 
 def _is(instance: Instance, machine: paid.Paid) -> bool:
-    """Whether an instance is this machine.
+    """Whether an instance in the cloud's list is this machine.
 
-    It is, if it belongs to the machine's cluster, was requested before the machine's boot, and was up when the
-    machine's program ended.
+    The instance must belong to the machine's cluster. It must have been requested before the machine's boot, and still
+    been up when the machine's program ended.
     """
     if instance.cluster != machine.cluster or instance.end is None or machine.ended_at is None:
         return False

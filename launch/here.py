@@ -2,11 +2,11 @@
 
     SOURCE=input.txt python -m launch.here prep        text or other documents → token shards
     SOURCE=FILES.bin python -m launch.here fetch       ready-made token shards → a token set
-    python -m launch.here train                        CONFIG on all GPUs of this computer, or on its CPU
+    python -m launch.here train                        trains CONFIG on all GPUs of this computer, or on its CPU
 
-Without BUCKET everything is below the current folder: data/DATA and runs/RUN. Training runs the same program as a
-rented node (launch.node). It checks the GPUs, starts one process per GPU, supervises them, stores their output in the
-run's logs, and writes the same ledger. USD_PER_HOUR is the price of an hour on this computer.
+If BUCKET is empty, all data is below the current folder, in data/DATA and runs/RUN. Training runs the same program as a
+rented node (launch.node). This program checks the GPUs, starts one process per GPU, supervises the processes, stores
+their output in the run's logs, and writes the same ledger. USD_PER_HOUR is the price of an hour on this computer.
 """
 
 import importlib.metadata
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 def preparation(kind: str, given: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """The command that turns SOURCE into a token set, and the variables that it needs. Raises ConfigError.
 
-    SOURCE names files, or a config of preparation (.yaml). DATA is the name of the set, by default derived from SOURCE.
+    SOURCE names files, or a config of data_prep (.yaml). DATA is the name of the set, by default derived from SOURCE.
     """
     source = given.get("SOURCE", "").strip()
     if not source:
@@ -62,7 +62,7 @@ def preparation(kind: str, given: Mapping[str, str]) -> tuple[list[str], dict[st
     config = source if is_config else given.get("CONFIG") or CONFIGS[kind]
     chosen = [] if is_config else [f"--{SOURCES[kind]}={source}"]
     if kind == "fetch" and not is_config and not given.get("CONFIG"):
-        config = ""  # otherwise, the sources of a config would be mixed with the source that the user names
+        config = ""  # the sources of a config would be mixed with SOURCE
     program = {"prep": "data_prep.prepare", "fetch": "data_prep.fetch"}[kind]
     words = [config] if config else []
     command = ["python", "-m", program, *words, *chosen, *split(given, "PREP_ARGS")]
@@ -82,7 +82,7 @@ def training(given: Mapping[str, str], gpus: Sequence[Gpu]) -> tuple[list[str], 
         "RANKS_PER_NODE": given.get("RANKS_PER_NODE") or str(max(1, len(gpus))),
     }
     if not given.get("USD_PER_HOUR"):
-        print("the price of this computer is not known, so the report shows ?; for dollars set USD_PER_HOUR=0.40, say")
+        print("the price of this computer is not known, so the report shows ? for dollars; set USD_PER_HOUR=0.40, say")
     if not gpus:
         print("no NVIDIA GPU answers (nvidia-smi); training runs on the CPU")
     return ["python", "-m", "launch.node", "-m", "trainer.train", config, *split(given, "TRAIN_ARGS")], added
@@ -122,7 +122,7 @@ def only_set(given: Mapping[str, str]) -> str:
 
 
 def split(given: Mapping[str, str], variable: str) -> list[str]:
-    """The words of a variable that holds more settings. Raises ConfigError for a quote that does not end."""
+    """The words of a variable that holds more settings. Raises ConfigError for an unclosed quote."""
     try:
         return shlex.split(given.get(variable, ""))
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""Names the keys of the user that a node gets in addition to the bucket's keys.
+"""Names the user's credentials that a node gets in addition to the bucket's keys.
 
-Also says what ends a node whose job never begins. SkyPilot 0.14.1 copies the credential files of every cloud to each
-node, so that the node can end itself. A node on AWS does not get the files of AWS if `aws.remote_identity` names a
-role. A node on Lambda gets the files of AWS unless the launch forbids it, which is possible only if no candidate of the
-task is on AWS.
+This module also says what ends a node whose job never begins. SkyPilot 0.14.1 copies the credential files of every
+cloud to each node, so that the node can end itself. A node on AWS does not get the files of AWS if
+`aws.remote_identity` names a role. A launch can keep the files of AWS from nodes on Lambda, but only if the task
+requests no machine on AWS.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +21,8 @@ def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
     for cloud in candidates:
         own = role.node_role() if cloud.default_role else None
         gets = [f"the role {own}" if own else cloud.default_role] if cloud.default_role else []
-        # On a cloud with roles, a node that has a role needs no key files, so they stay on this computer. If no
-        # candidate of the task is on that cloud, the launch can forbid SkyPilot to copy them.
+        # A node that has a role needs no key file of its cloud. Key files of another cloud with roles are not copied
+        # either, unless a candidate machine of the task is on that cloud: the launch forbids it.
         copied = [
             each
             for each in CLOUDS.values()
@@ -40,7 +40,7 @@ def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 
 def check_switch(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Says for each cloud of the task whether a node ends itself if the launch dies before its first job."""
+    """Says for each cloud of the task whether a node ends itself if the launch dies before the node's first job."""
     wanted = {request.cloud for request in task.requests}
     minutes = role.switch_minutes()
     for name, cloud in CLOUDS.items():

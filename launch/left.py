@@ -4,8 +4,8 @@
     survey.found, survey.unasked, survey.exit_code
 
 A source is SkyPilot's list of clusters, its queue of managed jobs, or a cloud for which this computer has credentials.
-Each source lists something, lists nothing, or cannot be asked. The clouds are asked even if SkyPilot answers. SkyPilot
-does not know machines that it has lost, or that were started elsewhere.
+Each source lists something, lists nothing, or cannot be asked. The clouds are asked even if SkyPilot answers, because
+SkyPilot does not know machines that it has lost or that were started elsewhere.
 """
 
 import functools
@@ -43,7 +43,7 @@ class Survey:
 
     @property
     def found(self) -> list[str]:
-        """A line for each running resource. The machine of a cluster may have another line, from the cloud's list."""
+        """A line for each running resource. A cluster's machine may have a second line, from the cloud's list."""
         jobs = [f"managed job {job['job_id']} {job['job_name']}: {job['status']}" for job in self.jobs or ()]
         clusters = [f"cluster {cluster['name']}: {cluster['status']}" for cluster in self.clusters or ()]
         return [*jobs, *clusters, *map(str, self.on_clouds)]
@@ -59,11 +59,11 @@ class Survey:
 
     @property
     def cluster_names(self) -> frozenset[str]:
-        """The cloud names of this project's clusters that SkyPilot lists."""
+        """The names that this project's clusters have on their clouds, as SkyPilot lists them."""
         return _on_cloud(self.clusters or ())
 
     def in_records(self, leftover: Leftover) -> bool:
-        """Whether SkyPilot itself ends a machine: it lists the cluster, or a managed job that would replace it."""
+        """Whether SkyPilot must end this machine: it lists the cluster, or a managed job that would replace it."""
         return leftover.cluster in self.cluster_names or bool(self.jobs)
 
 
@@ -77,7 +77,7 @@ def project_tasks() -> dict[str, bool]:
 def look(everyone: bool = False, known: Iterable[str] = ()) -> Survey:
     """Ask all sources. `everyone` includes the clusters and jobs of SkyPilot's other users.
 
-    `known` are cloud names of this project's clusters, even if SkyPilot no longer lists them.
+    `known` holds cloud names of this project's clusters that SkyPilot may no longer list.
     """
     survey = Survey()
     tasks = project_tasks()
@@ -90,7 +90,7 @@ def look(everyone: bool = False, known: Iterable[str] = ()) -> Survey:
     others = [each for each in listed or () if each not in ours]
     whose = Ownership(tuple(tasks), skypilot.user_hash(os.environ), _on_cloud(ours) | {*known}, _on_cloud(others))
     ask_clouds(whose, survey)
-    # If a job's name differs from its task's, only its machines show that it belongs to this project.
+    # A job may have another name than its task. Then only the job's machines show that the job belongs to this project.
     machines = [leftover.cluster for leftover in survey.on_clouds if leftover.mine]
     survey.clusters = None if listed is None else ours
     survey.jobs = None if queue is None else [job for job in running if _is_our_job(job, tasks, machines)]
@@ -128,7 +128,7 @@ def _ask(source: str, survey: Survey, ask: Callable[[], Any]) -> Any:
     """
     try:
         return ask()
-    except Exception as error:  # any error of SkyPilot, credentials or network
+    except Exception as error:  # SkyPilot, credentials or network may cause any error
         survey.unasked.append(f"{source}: could not be asked ({brief(error)})")
         return None
 

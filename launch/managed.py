@@ -2,9 +2,10 @@
 
     MANAGED=1 python -m launch.submit sky/finetune.yaml      launches .launch/finetune.yaml
 
-Any task of sky/ can be a managed job, as sky/pretrain-8xa100-spot.yaml is one. The written file differs only in
-`resources`: spot machines come first, and `job_recovery` replaces `autostop`, because a managed job ends its machines
-itself. SkyPilot's jobs controller costs extra, so a managed job saves money only if the job takes hours.
+Any task of sky/ can become a managed job; sky/pretrain-8xa100-spot.yaml already is one. In the written file, spot
+machines come first. `job_recovery` replaces `autostop`, because a managed job ends its machines itself. Two variables
+for the price of the jobs controller are added. The controller costs extra, so a managed job saves money only if the job
+takes hours.
 """
 
 from collections.abc import Mapping
@@ -44,12 +45,12 @@ def chosen(path: str, environment: Mapping[str, str]) -> str:
 
 
 def as_managed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The task with its candidates in order, spot first, and with recovery from preemptions instead of autostop."""
+    """The task with spot machines first, and with recovery from preemptions instead of autostop."""
     resources = dict(document["resources"])
     resources.pop("autostop", None)
     candidates = resources.pop("any_of", None) or resources.pop("ordered", None)
     if candidates:
-        # SkyPilot 0.14.1 tries any_of of a managed job in arbitrary order.
+        # For a managed job, SkyPilot 0.14.1 tries the machines in `any_of` in arbitrary order.
         resources["ordered"] = sorted(candidates, key=lambda each: not each.get("use_spot", False))
     resources["job_recovery"] = RECOVERY
     envs = {**(document.get("envs") or {}), "SUBMITTED_AT": "", "CONTROLLER_USD_PER_HOUR": ""}

@@ -14,7 +14,8 @@ from clouds.base import Offer, Unavailable
 from clouds.providers import CLOUDS
 from core.task import TaskSpec
 
-# The machine that SkyPilot 0.14.1 takes on AWS for "4+" processors and four times as many GB.
+# The machine type that SkyPilot 0.14.1 chooses on AWS for a controller: at least 4 processors, with 4 GB of memory
+# each.
 CONTROLLER_TYPE = "m6i.xlarge"
 
 
@@ -30,9 +31,9 @@ def for_nodes(task: TaskSpec) -> dict[str, str]:
 
 
 def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
-    """The highest list price of all nodes together among the machines that fit the task, or None if no price is known.
+    """The highest price of a machine that fits the task, times the number of nodes. None if no price is known.
 
-    The on-demand price is an upper bound of the spot price.
+    The on-demand price is used, because it is an upper bound of the spot price.
     """
     prices = [
         min(filter(None, (offer.usd_on_demand, request.max_usd_per_hour)))
@@ -46,8 +47,8 @@ def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
 def controller_usd_per_hour() -> float | None:
     """The price of this user's controller of managed jobs.
 
-    It comes from SkyPilot's records or, if there are none, from SkyPilot's catalog. None if the controller is part of
-    SkyPilot's server, or nothing is known.
+    The price comes from SkyPilot's records or, if there are none, from SkyPilot's catalog. None if the controller is
+    part of SkyPilot's server, or if no price is known.
     """
     try:
         if skypilot.setting("jobs", "controller", "consolidation_mode"):
@@ -63,6 +64,6 @@ def controller_usd_per_hour() -> float | None:
 
 
 def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
-    """`given`, with the prices that the task declares and the user has not set."""
+    """`given`, with each price for which the task has a variable that the user has not set."""
     wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
     return {**given, **wanted}

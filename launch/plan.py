@@ -30,13 +30,13 @@ from core.task import read_task
 
 ROOT = Path(__file__).parents[1]
 PREPARE = "sky/prep-data.yaml"
-# Two names: of the whole token set that PREPARE makes, and of a part of that set.
+# The name and the tokens of the whole token set that PREPARE makes, and the pattern of names of smaller sets.
 WHOLE, TOKENS_OF_WHOLE = "fineweb-edu-10bt", 9.9e9
 PART = re.compile(r"fineweb-edu-\d+m\Z")
 VOCABULARY = "gpt2"
 VALIDATION_TOKENS = 10_485_760  # the tokens that a training run reads at each validation
-# train.steps is this many times the plan's number of steps, which is only an estimate. The trainer decides by MAX_USD
-# when the learning rates fall.
+# The trainer decides by MAX_USD when the learning rates fall. The plan's number of steps is only an estimate, so
+# train.steps is MORE_STEPS times this number.
 BY_MONEY = "--optimizer.schedule=wsd"
 MORE_STEPS = 2
 PLAN_SECONDS = 120.0
@@ -53,7 +53,7 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
     wanted = [f"--usd={usd}", *options]
     if known is not None:
         wanted.append("--prepared")
-        if not environment.get("CONFIG"):  # which may be smaller than all models of a plan
+        if not environment.get("CONFIG"):  # CONFIG may be smaller than all models of a plan
             wanted.append(f"--unique-tokens={known[1]}")
     document = ask(wanted)
     plan = document["plans"][0]
@@ -101,11 +101,11 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
         began_at=time.time(),
         number=1,
     )
-    return budget, [f"${added:g} more for {folder}: the new run goes on from the step before its rates fell"]
+    return budget, [f"${added:g} more for {folder}: the new run goes on from the step before the learning rates fell"]
 
 
 def ask(arguments: Sequence[str]) -> dict[str, Any]:
-    """The answer of `cost_report.py plan`. Raises ConfigError with the plan's error sentence."""
+    """The answer of `cost_report.py plan`. Raises ConfigError with the error message of the plan."""
     command = [sys.executable, str(ROOT / "cost_report.py"), "plan", "--json", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PLAN_SECONDS)
@@ -130,14 +130,14 @@ def _check_clouds() -> None:
 def _may_rent(cloud: Cloud) -> bool:
     try:
         return cloud.is_configured()
-    except Exception:  # a cloud's library may raise any error; SkyPilot's own message says more
+    except Exception:  # a cloud's library may raise any error, which SkyPilot explains better
         return True
 
 
 def _training(
     plan: Mapping[str, Any], scale: str, environment: Mapping[str, str]
 ) -> tuple[dict[str, str], float, dict[str, Any]]:
-    """Settings of the training, its tokens, and the plan's forecast."""
+    """The settings of the training, the number of its tokens, and the plan's forecast."""
     machine = plan["machine"]
     expected = {key: machine[key] for key in ("gpus", "cloud", "spot")} | {"parts": plan["parts"]}
     more = environment.get("TRAIN_ARGS", "").split()
@@ -162,7 +162,7 @@ def _training(
 
 
 def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, training tokens) of the set that DATA names. If DATA is empty, of the whole default set.
+    """(name, training tokens) of the set that DATA names, or of the whole default set if DATA is empty.
 
     None if the set does not exist. Raises DataError for a set that no plan can train on.
     """
@@ -245,7 +245,7 @@ def _sky_options(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def number(name: str, text: str) -> float:
-    """A sum in dollars. Raises ConfigError, which calls it `name`."""
+    """`text` as a sum in dollars. Raises ConfigError with a message that names the setting `name`."""
     try:
         value = float(text)
     except ValueError:

@@ -24,7 +24,7 @@ SECONDS = 20.0
 
 
 def platforms(reference: str) -> set[str]:
-    """Platforms of a public image, such as linux/amd64. Raises ConfigError if the registry does not show it."""
+    """Platforms of a public image, such as linux/amd64. Raises ConfigError if the registry does not show the image."""
     host, repository, tag = split(reference)
     base = f"{'http' if host.startswith(('127.0.0.1', 'localhost')) else 'https'}://{host}/v2/{repository}"
     try:

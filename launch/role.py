@@ -6,10 +6,13 @@
 SWITCH_MINUTES is the time without a sign of life after which a node on AWS ends itself.
 
 The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
-label (launch/node-policy.json). The right to list has no condition. With a condition, S3 would answer 403 for objects
-that do not exist. SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for
-all clusters except the controller of managed jobs, which rents machines with your login. It also makes cloud-init start
-launch/node/switch.py at a node's first boot, before SkyPilot's set-up. Needs your login to AWS, with IAM rights.
+label (launch/node-policy.json). The right to list has no condition, because S3 would otherwise answer 403 for objects
+that do not exist.
+
+SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for all clusters except
+the controller of managed jobs, which rents machines with your login. `.sky.yaml` also makes cloud-init start
+launch/node/switch.py at a node's first boot, before SkyPilot's set-up. This program needs your login to AWS, with IAM
+rights.
 """
 
 import base64
@@ -33,11 +36,11 @@ from core.stores import aws
 
 ROLE = "pretrain-launcher-node"  # the name of the role and of its instance profile
 CLOUD = Aws.name
-DEFAULT_SERVICE = aws.service_of(None)  # the name of the store if S3 has no other endpoint
+DEFAULT_SERVICE = aws.service_of(None)  # the store of s3:// URLs if no endpoint is set
 POLICY = Path(__file__).parent / "node-policy.json"
 SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
-# The first pattern that fits a cluster's name counts.
+# SkyPilot uses the first pattern that fits a cluster's name.
 IDENTITY = [{"sky-jobs-controller-*": "LOCAL_CREDENTIALS"}, {"*": ROLE}]
 SWITCH = Path(__file__).parent / "node/switch.py"
 # cloud-init runs all files of this folder at each boot.
@@ -87,7 +90,7 @@ def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
 def start_switch(minutes: float | None = None) -> list[str]:
     """Commands of cloud-init that put the switch on a node and start it.
 
-    For SkyPilot, each command must be one line that does not contain `: `.
+    SkyPilot accepts a command only if it is one line without `: `.
     """
     text = SWITCH.read_text(encoding="utf-8")
     if minutes:
@@ -116,7 +119,7 @@ def policy(url: str) -> dict[str, Any]:
 
 
 def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = None) -> None:
-    """Create the role and its instance profile, or update the policy of existing ones, and write `config`.
+    """Create the role and its instance profile, or update an existing role's policy, and write `config`.
 
     A node ends itself after `minutes` without a sign of life; None means the default of launch/node/switch.py.
     """
@@ -141,7 +144,7 @@ def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = 
 
 
 def undo(iam: Any, config: Path = SKY_CONFIG) -> None:
-    """Remove everything that `make` has made, if it exists. Running machines lose the role."""
+    """Remove everything that `make` has made and that still exists. Running machines lose the role."""
     if config.exists() and config.read_text(encoding="utf-8").startswith(HEAD):
         config.unlink()
         print(f"{config}: removed")

@@ -36,7 +36,7 @@ from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
 FOLDERS += ("refused",)
-# Objects by which two runs can be told apart, even if both had the same URL.
+# Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
 # The beginning of a line that already contains its time, as the log lines of this project do.
@@ -54,9 +54,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run. `source` is this URL, or a task file. For a task file, RUN_URL or BUCKET and RUN name the run.
+    """The URL of a run. `source` is this URL, or a task file. Raises ConfigError.
 
-    Raises ConfigError.
+    For a task file, the variable RUN_URL, or BUCKET and RUN, names the run.
     """
     if not source.endswith(".yaml"):
         return source
@@ -91,7 +91,7 @@ def status(arguments: list[str]) -> int:
 
 
 def logs(arguments: list[str]) -> int:
-    """Show a job's output from SkyPilot while it runs, or from the bucket, which keeps every machine's output."""
+    """Show a job's output: from SkyPilot while the job runs, or from the bucket, which keeps all output."""
     stored = arguments[:1] == ["--stored"]
     if not arguments:
         return _follow(_of_newest(), "all output of a run is in the bucket: make logs FROM=bucket RUN=...")
@@ -222,15 +222,15 @@ def name_of(run_url: str) -> str:
 
 
 def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
-    """Raises DataError for a name that leads out of `folder`."""
+    """The path of an object's local copy. Raises DataError for a name that leads out of `folder`."""
     return untrusted.inside(Path(folder), info.uri.removeprefix(f"{run_url}/"), run_url)
 
 
 def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
-    """Raises RunError if `folder` holds a copy of another run, such as a deleted one that had the same URL.
+    """Raises RunError if `folder` holds a copy of another run, such as a deleted run that had the same URL.
 
     The start object of a segment contains the time, and a run never changes or deletes it. All start objects in a copy
-    must therefore be equal to those of the run.
+    must therefore be equal to the start objects of the run.
     """
     remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
     there = {local_path(info, run_url, folder): info for info in marks}
@@ -271,7 +271,7 @@ def fetch(wanted: list[ObjectInfo], run_url: str, folder: str) -> list[ObjectInf
 
 
 def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
-    """run.json, the objects of FOLDERS, and the newest complete checkpoint. Raises ObjectNotFound without a run."""
+    """run.json, the objects of FOLDERS, and the newest complete checkpoint. Raises ObjectNotFound without run.json."""
     root = run_url.rstrip("/")
     if not any(info.uri == f"{root}/run.json" for info in objects):
         raise ObjectNotFound(f"{root}/run.json: there is no run here; check RUN and BUCKET")

@@ -1,4 +1,4 @@
-"""Shows the cost of machines by SkyPilot's records, and the cost of runs by their ledgers."""
+"""Shows the cost of machines from SkyPilot's records, and the cost of runs from their ledgers."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from launch.left import Survey, brief
 
 
 def lines(survey: Survey) -> list[str]:
-    """Lines on the cost of a survey's clusters by SkyPilot's records, and of the runs of its clusters and jobs."""
+    """Lines with the cost of each cluster of a survey, and of each run that its clusters and jobs worked on."""
     clusters = list(_clusters(survey))
     runs = [line for url in dict.fromkeys(_runs(survey)) for line in run_lines(url)]
     return [*clusters, *runs] or ["not known here: neither SkyPilot nor a ledger has it; see the cloud's bill"]

@@ -22,12 +22,13 @@ from launch.plan import PREPARE
 
 EVALUATE, EXPORT_TASK = "sky/evaluate.yaml", "sky/export.yaml"
 PREPARATION, TRAINING, EVALUATION, EXPORT = "preparation", "training", "evaluation", "export"
-# The cap of a preparation is a multiple of its expected dollars, and at least this sum. The machine of a preparation
-# costs cents.
+# The cap of a preparation is this multiple of its expected dollars, and at least this sum. A preparation costs only
+# cents.
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
 # With fewer dollars than this, a machine would end before its program has begun.
 LEAST_USD = 0.02
-# These variables differ between stages or name another run. USD_PER_HOUR is the price of the machine that trains.
+# Variables that are not passed on to all stages, because their values differ between stages. USD_PER_HOUR, for example,
+# is the price of the machine that trains.
 _OF_STAGES = (
     "USD_PER_HOUR",
     "CONFIG",
@@ -47,9 +48,9 @@ _ENDED = ("finished", "cap")
 class Stage:
     """A stage. `ledger` is the folder with the ledger of its machines.
 
-    `cap` returns the stage's MAX_USD, in dollars, if it were launched now. `progress` returns a number that grows while
-    the stage progresses; `work` names the unit of that number. If a stage that the next stages do not need fails, the
-    next stage follows.
+    `cap` returns the dollars that MAX_USD would be if the stage were launched now. `progress` returns a number that
+    grows while the stage progresses; `work` names the unit of that number. If `is_needed` is false, the next stage
+    follows even if this stage fails.
     """
 
     name: str
@@ -115,7 +116,7 @@ def newest_step(folder: RunFolder) -> int:
 
 
 def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
-    # Later settings replace earlier ones.
+    # PREP_ARGS comes last, because later settings replace earlier settings.
     arguments = f"{plan.preparation_arguments(budget.train_tokens)} {budget.settings.get('PREP_ARGS', '')}".strip()
     cap = max(PREPARATION_LEAST_USD, PREPARATION_TIMES * _expected(budget, PREPARATION))
     cap = min(cap, budget.machines_usd / 2)
@@ -146,8 +147,7 @@ def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str,
         is_done=lambda: end_of(folder.url, budget.began_at) in _ENDED,
         progress=lambda: newest_step(folder),
         work="steps",
-        # The trainer counts the cost of the preparation under its cap. The cap is the sum without the share of the
-        # evaluation.
+        # The trainer counts the cost of the preparation under this cap, so only evaluation and export are subtracted.
         cap=lambda: budget.machines_usd - _expected(budget, EVALUATION) - _expected(budget, EXPORT),
     )
 
@@ -200,7 +200,7 @@ def _has_hellaswag(data_url: str) -> bool:
 
 
 def in_cents(usd: float) -> str:
-    """A cap as MAX_USD, rounded down."""
+    """The value of MAX_USD for a cap: dollars with two decimals, rounded down."""
     return f"{math.floor(usd * 100 + 1e-6) / 100:.2f}"
 
 

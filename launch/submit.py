@@ -2,15 +2,16 @@
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-First runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is rented. Then it
-prints the forecast of the cheapest offer and stores it with the run. The report compares this forecast with the dollars
-that the run has cost. `--no-check` skips the checks and the forecast.
+First this program runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is
+rented. Then it prints the forecast of the cheapest offer and stores it with the run. The report compares this forecast
+with the dollars that the run has cost. `--no-check` skips the checks and the forecast.
 
-Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
+Each of the task's `envs` that has a value becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
 SkyPilot reads the values of secrets from the environment, not from a command line. A task with job_recovery becomes a
-managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py). An interrupted launch is undone. A
-failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits
-for a machine (launch/waiting.py).
+managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py).
+
+An interrupted launch is undone. A failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES
+limits the time that the launch waits for a machine (launch/waiting.py).
 """
 
 import itertools
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"usage: python -m launch.submit sky/TASK.yaml [{NO_CHECK}] [options of sky launch]")
     environment.adopt()
-    credentials.inline_google_key(os.environ)  # the file does not exist on the node
+    credentials.inline_google_key(os.environ)  # the node has no file with the key
     path, *options = arguments
     return submit(path, options, os.environ)
 
@@ -119,7 +120,7 @@ def foresee(task: TaskSpec, options: Sequence[str], given: Mapping[str, str]) ->
 
 
 def _cluster(task: TaskSpec, options: list[str]) -> str:
-    """The cluster's name: the task's, unless an option gives another one."""
+    """The cluster's name. It is the task's name, unless an option gives another name."""
     for flag, value in itertools.pairwise(options):
         if flag in ("--cluster", "-c"):
             return value

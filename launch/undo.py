@@ -1,6 +1,6 @@
 """Runs a launch and undoes it after an interruption.
 
-Otherwise SkyPilot's server would finish the launch and rent a machine.
+If an interrupted launch were not undone, SkyPilot's server would finish it and rent a machine.
 
     ended = run(["sky", "launch", ...])
     undo(launch, ended.signal)          cancels the launch, ends its machines, and prints what is still up
@@ -36,10 +36,7 @@ END = "`make down` ends it"
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of this program. `began_at` is unix time;
-
-    `cluster` is the name of the cluster, unless it is a managed job.
-    """
+    """A launch of this program. `began_at` is unix time. `cluster` is not used for a managed job."""
 
     task: str
     managed: bool
@@ -49,7 +46,7 @@ class Launch:
     def is_request(self, name: str, cluster: str | None) -> bool:
         """Whether a request on SkyPilot's server may belong to this launch.
 
-        The request of a managed job names the controller.
+        For a managed job, the request contains the name of the controller's cluster.
         """
         return name == "jobs.launch" if self.managed else name == "launch" and cluster == self.cluster
 
@@ -112,7 +109,7 @@ def undo(launch: Launch, number: int) -> int:
     """
     if number == signal.SIGHUP:
         _leave_terminal()
-    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; a second signal leaves it as it is")
+    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; a second signal stops the cancelling")
     try:
         with _interruptible():
             for step in (_cancel_requests, _end_begun):

@@ -33,9 +33,9 @@ class Wait:
         self._has_machine = False
 
     def goes_on(self) -> bool:
-        """Whether the launch may go on. It may, if it has a machine or if time is left to wait.
+        """Whether the launch may go on: it has a machine, or time is left to wait.
 
-        Prints which machines it tries to get.
+        Prints once a minute which machines the launch tries to get.
         """
         if self._has_machine:
             return True

@@ -2,10 +2,10 @@
 
     python -m launch.watch
 
-SkyPilot sets a machine's autostop after its own set-up. If the launch dies before that, a machine on Lambda keeps
-running: no program of this project has started there, and Lambda bills a machine until its API ends it. A machine on
-AWS without `make role` keeps running too. This program asks all sources (launch/left.py) every POLL_SECONDS. It ends a
-machine of this project that has been up for SWITCH_MINUTES without autostop. While SkyPilot does not answer, it ends
+SkyPilot sets a machine's autostop only after it has set up the machine. If the launch dies earlier, a machine on Lambda
+keeps running: no program of this project has started there, and Lambda bills a machine until its API ends it. A machine
+on AWS without `make role` keeps running too. This program asks all sources (launch/left.py) every POLL_SECONDS. It ends
+a machine of this project that has been up for SWITCH_MINUTES without autostop. While SkyPilot does not answer, it ends
 nothing, because a job may be running. It then prints the command that ends everything.
 """
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Watch:
-    """Remembers which machines have no autostop: their cluster names, and when each was first seen without one."""
+    """Remembers which machines have no autostop, by cluster name, and when each was first seen without autostop."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -75,7 +75,7 @@ def is_guarded(machine: Leftover, survey: left.Survey) -> bool:
 
 
 def _has_autostop(cluster: Mapping[str, Any]) -> bool:
-    """SkyPilot's autostop is -1 before it is set.
+    """Whether SkyPilot has set an autostop for this cluster. Before that, the value is -1.
 
     Machines of a managed job have no autostop; their controller ends them.
     """
@@ -86,7 +86,7 @@ def _has_autostop(cluster: Mapping[str, Any]) -> bool:
 def _end(machine: Leftover) -> str:
     try:
         machine.end()
-    except Exception as error:  # any error of credentials or network
+    except Exception as error:  # credentials or network may cause any error
         return f"{machine}: could not be ended ({left.brief(error)}); it is tried again"
     return f"{machine}: had no autostop, and was ended"
 

@@ -260,7 +260,7 @@ def test_the_request_of_a_user(tmp_path):
     assert "the cooldown is requested" in anneal.ask(folder)
     assert course.requested_anneal(folder)
     course.add(folder, 1, Change("anneal", 80, 20, "request"))
-    with pytest.raises(RunError, match="its cooldown is decided: after step 80, to step 100"):
+    with pytest.raises(RunError, match="its cooldown is decided: it begins after step 80 and ends at step 100"):
         anneal.ask(folder)
     other = RunFolder(str(tmp_path / "cosine"))
     open_run(other, {}, {"optimizer": {"schedule": "cosine"}}, "data")

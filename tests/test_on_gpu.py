@@ -131,7 +131,8 @@ def test_what_fails_and_what_has_no_time_is_named_and_the_rest_runs(tmp_path):
     assert code == 1
     states = {each["state"] for each in record_of(tmp_path / "late", "look")["measurements"].values()}
     assert states == {"no time"}
-    assert "steps-speedrun-162m no time: the time was over before it began; give it more with --minutes" in output
+    why = "the time was over before this measurement began; give more time with --minutes"
+    assert f"steps-speedrun-162m no time: {why}" in output
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_at_its_time_a_measurement_ends_with_all_that_it_started():
             return len(ended) < 2
 
     why = harness.run_process([sys.executable, "-c", code], io.StringIO(), Deadline(), take)
-    assert why == "its time was over while it ran; give it more with --minutes"
+    assert why == "the time was over while this measurement ran; give more time with --minutes"
     wait_for_end_of(ended[1:])
 
 

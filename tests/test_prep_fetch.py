@@ -108,7 +108,7 @@ def test_a_bucket_is_looked_at_likewise(bucket: str, tmp_path: Path):
 
 def test_one_file_by_two_names_in_a_split_is_refused(tmp_path: Path):
     link(save(tmp_path / "0.npy", ids(5000)), tmp_path / "newest.npy")
-    with pytest.raises(DataError, match=r"newest\.npy: is in the train split by two names; narrow source\.train_url"):
+    with pytest.raises(DataError, match=r"newest\.npy: has two names in the train split; narrow source\.train_url"):
         fetch(tmp_path, "*.npy")
 
 

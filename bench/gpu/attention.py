@@ -2,8 +2,8 @@
 
     python -m bench.gpu.attention [--rounds=5]
 
-It measures each kernel of scaled_dot_product_attention, torch's choice among them, and compiled FlexAttention. FLOP/s
-count only the half of the scores that a causal mask keeps. Outputs of the first shape are compared with float32.
+It measures each kernel of scaled_dot_product_attention, the kernel that torch chooses, and compiled FlexAttention.
+FLOP/s count only the half of the scores that a causal mask keeps. Outputs of the first shape are compared with float32.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
         return f"{self.sequences} x {self.heads} heads x {self.context} x {self.head_width}"
 
     def flops(self, products: int) -> float:
-        # 2 FLOPs per multiply-add, of which the mask keeps half.
+        # A multiply-add is 2 FLOPs. The causal mask keeps half of the multiply-adds.
         return products * self.sequences * self.heads * self.context**2 * self.head_width
 
 
@@ -86,7 +86,7 @@ def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
 
 
 def measure(name: str, call: Callable, shape: Shape, device: torch.device, rounds: int, compare: bool) -> None:
-    """Report the times of a kernel, or report that the kernel does not support this shape."""
+    """Report the times of a kernel, or that the kernel does not support this shape."""
     size = (shape.sequences, shape.heads, shape.context, shape.head_width)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -121,7 +121,7 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
 
 
 def relative_error(call: Callable, inputs: list[torch.Tensor]) -> float:
-    """Relative error of the output against float32 without a fused kernel, on two sequences."""
+    """Relative error of the output on two sequences, compared with float32 without a fused kernel."""
     few = [each.detach()[:2] for each in inputs]
     with torch.no_grad():
         exact = F.scaled_dot_product_attention(*(each.float().cpu() for each in few), is_causal=True)

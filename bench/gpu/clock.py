@@ -17,7 +17,7 @@ def mark(device: torch.device):
 
 
 def seconds_between(begin, end) -> float:
-    """Seconds from one mark to another. The device must have passed both (`finish`)."""
+    """Seconds from one mark to another. The device must have passed both marks (see `finish`)."""
     return begin.elapsed_time(end) / 1e3 if hasattr(begin, "elapsed_time") else end - begin
 
 

@@ -1,4 +1,4 @@
-"""Compares loss and all gradients of compiled blocks with the plain model's; a measurement of bench.on_gpu.
+"""Compares compiled blocks with the plain model by the loss and all gradients; a measurement of bench.on_gpu.
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 
@@ -31,10 +31,10 @@ class Pass:
 
 @dataclasses.dataclass
 class Difference:
-    """Compares two passes.
+    """The difference between two passes.
 
-    The result holds the relative difference of the losses, and the lowest cosine between two gradients with the
-    parameter that has it.
+    `loss` is the relative difference of the losses. `cosine` is the lowest cosine between the two gradients of a
+    parameter, and `parameter` is the name of this parameter.
     """
 
     loss: float

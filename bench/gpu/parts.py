@@ -1,4 +1,4 @@
-"""Defines the parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
+"""Defines the parts of bench.on_gpu. A part yields its measurements with their commands, the most valuable first.
 
 A part is a generator, because later measurements depend on results of earlier ones.
 """
@@ -17,7 +17,7 @@ from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
 # Sequences per micro-batch, in the order of measurement. With more sequences, the logits of the plain side would exceed
-# 141 GB.
+# the GPU's 141 GB.
 MICRO_BATCHES = (64, 32, 96)
 BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
 # The resume measurement stores a checkpoint every two steps, so its model is narrow. With these numbers of heads, the
@@ -58,7 +58,7 @@ def look(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def exact(place: Place, record: Record) -> Iterator[Measurement]:
-    """Compares compiled with plain blocks, and a killed run with an uninterrupted one.
+    """Compares compiled with plain blocks, and a killed run with an uninterrupted run.
 
     Measures the cost of determinism.
     """
@@ -74,7 +74,7 @@ def exact(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def speed(place: Place, record: Record) -> Iterator[Measurement]:
-    """Times steps by micro-batch and beside other trainers, attention by kernel, and the effect of torch's switches."""
+    """Times steps by micro-batch size, the steps of other trainers, attention kernels, and torch's switches."""
     sizes = (1, 2) if place.rehearse else MICRO_BATCHES
     for size in sizes:
         yield f"ours-{size}", _side(place, "ours", size)

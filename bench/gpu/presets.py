@@ -1,4 +1,4 @@
-"""Loads the presets that bench measures: unchanged on a GPU, with a small model in a rehearsal on a CPU."""
+"""Loads the presets that bench measures. A rehearsal on a CPU replaces a preset's model by a small model."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CONFIGS = REPOSITORY / "trainer" / "configs"
 PLAIN, OTHER = "gpt2-124m", "speedrun-162m"
-# A CPU core computes a sequence of 32 tokens in milliseconds.
+# A CPU core computes one sequence with this model in milliseconds.
 SMALL = {"layers": 2, "heads": 2, "width": 32, "context": 32}
 
 

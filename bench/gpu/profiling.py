@@ -1,8 +1,8 @@
 """Observes a training process: the graphs that torch.compile makes, and the kernels that take the time.
 
-compilations = profiling.compilations() graphs, graph breaks, and frames that were compiled more than once with
-profiling.profiled(device) as profile: ... profiling.kernels(profile, device) the kernels that take most time, time by
-kind, and idle time of the device
+profiling.compilations()                            graphs, graph breaks, and frames that were compiled again
+with profiling.profiled(device) as profile: ...
+profiling.kernels(profile, device)                  the slowest kernels, time by kind, and the device's idle time
 """
 
 import re
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 COUNTERS = ("stats", "aot_autograd", "inductor", "graph_break", "ddp")
 TOP = 12
 LARGEST_TRACE_BYTES = 8 << 20
-# The first pattern that matches counts. Names are names of kernels on a GPU, and of operators on a CPU.
+# A kernel is of the first kind whose pattern matches its name. On a CPU, the names are those of operators.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",
@@ -42,7 +42,7 @@ def kind_of(name: str) -> str:
 def kernels(profile: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
     """Milliseconds by kernel and by kind of kernel.
 
-    On a GPU, also the device's idle time between the first and the last kernel.
+    On a GPU, the result also holds the device's idle time between the first and the last kernel.
     """
     spans = [(each.name, each.time_range.start, each.time_range.end) for each in _kernels(profile, device)]
     by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU, one number with the sum of all calls
@@ -94,8 +94,8 @@ def _kernels(profile: torch.profiler.profile, device: torch.device) -> list:
     if device.type != "cuda":
         return []
     events = profile.events()
-    # The GPU's timeline also holds ranges that the program has marked. They are left out; they are recognised by names
-    # that also occur on the CPU.
+    # The GPU's timeline also holds ranges that the program has marked. These ranges are left out. Their names also
+    # occur on the CPU, and the names of kernels do not.
     marked = {each.name for each in events if each.device_type == DeviceType.CPU}
     return [each for each in events if each.device_type == DeviceType.CUDA and each.name not in marked]
 

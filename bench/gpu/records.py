@@ -1,9 +1,9 @@
 """Writes the record of one part of bench.on_gpu as JSON and as text. Both files are rewritten after each result.
 
-    FOLDER/2026-12-01-gpu-look.json    date, machine, versions, commit, command, and per measurement its results
-    FOLDER/2026-12-01-gpu-look.txt     the same, for people
+    FOLDER/2026-12-01-gpu-look.json    date, machine, versions, commit, command, results of each measurement
+    FOLDER/2026-12-01-gpu-look.txt     the same as text
 
-If the program was killed, the record stays in the state `running`. The results in it are complete.
+If the program is killed, the state of the record stays `running`, and all results so far are in the record.
 """
 
 import json
@@ -80,7 +80,7 @@ class Record:
 
 
 def gpu_facts(query: Sequence[str] = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")) -> str:
-    """The first GPU, as nvidia-smi describes it. It is empty if there is no GPU."""
+    """The first GPU, as nvidia-smi describes it. "" if there is no GPU."""
     command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -1,4 +1,4 @@
-"""Compares a run that is killed and resumed with an uninterrupted one, bit by bit; a measurement of bench.on_gpu.
+"""Compares a run that is killed and resumed with an uninterrupted run, bit by bit; a measurement of bench.on_gpu.
 
     python -m bench.gpu.resume --work=FOLDER -- CONFIG.yaml --data.url=... [more settings]
 
@@ -47,11 +47,11 @@ def main() -> None:
     text = f"continued to step {options.steps} in {segments} segments: {said}"
     harness.say(text, kind="resume", segments=segments, equal=not problems, differences=problems)
     if problems:
-        sys.exit(f"a run that was killed at {killed_at} differs from one that was not: {problems[0]}")
+        sys.exit(f"a run that was killed at {killed_at} differs from a run that was not killed: {problems[0]}")
 
 
 class Runs:
-    """Starts, kills and compares runs of the trainer below the folder `work`, each by its name."""
+    """Starts, kills and compares runs of the trainer. The name of a run is its folder below `work`."""
 
     def __init__(self, work: Path, steps: int, flags: list[str]):
         self._work = work

@@ -56,7 +56,7 @@ def main() -> None:
 class Watch:
     """Measures the time from the beginning of a step to the beginning of the next step.
 
-    This includes all work between the two.
+    This time includes all work between the two steps.
     """
 
     def __init__(self, steps: int, profile: bool):
@@ -158,7 +158,7 @@ def _estimate(settings: Any) -> float | None:
     """Memory in bytes that the check before a launch estimates, for comparison with the peak."""
     try:
         return float(estimate(settings, settings.model, settings.batch.micro_batch_size, 1))
-    except (TypeError, AttributeError):  # a stage whose settings the estimate does not know
+    except (TypeError, AttributeError):  # the estimate does not know the settings of this stage
         return None
 
 

@@ -3,7 +3,7 @@
     python -m bench.gpu.steps --without=late-reads,batches ...
 
 Each function switches off one optimization: it replaces a part of the trainer in this process by a simpler part with
-the same result up to rounding. The names of the optimizations can be read without torch.
+the same result up to rounding. Only these functions import torch, so that a program can list the names without torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def _compiled_muon() -> None:
 
 
 def _float32_sums() -> None:
-    """Round each chunk's product for the output layer's gradient before adding it."""
+    """Round the product of each chunk before it is added to the gradient of the output layer."""
     from trainer.model import loss
 
     loss.SUM_IN_FLOAT32 = False

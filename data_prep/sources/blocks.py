@@ -110,8 +110,8 @@ class Stream(io.RawIOBase):
     def close(self) -> None:
         """Stops the fetching threads.
 
-        This must be called explicitly. The garbage collector cannot do it: it may run in one of these threads, which
-        would then wait for itself.
+        The caller must close the stream, because the garbage collector may run in one of these threads, which would
+        then wait for itself.
         """
         self._blocks.close()
         super().close()

@@ -1,4 +1,4 @@
-"""Finds the columns of text and ids. They are named in the settings, or else have one of some common names."""
+"""Finds the columns of text and ids. If the settings do not name a column, common names are tried."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -106,7 +106,7 @@ def _text(schema: pa.Schema, uri: str) -> str:
 
 
 def _id(schema: pa.Schema, text: str) -> str:
-    """The column of ids. It is empty if there is none; the hash of the text then replaces the id."""
+    """The name of the column of ids. If there is none, the result is "", and the hash of the text replaces the id."""
     fitting = (name for name in IDS if name in schema.names and name != text)
     return next((name for name in fitting if _holds_text(schema.field(name).type) or _is_number(schema, name)), "")
 

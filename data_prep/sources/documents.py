@@ -1,8 +1,8 @@
 """Reads the documents of a part as Arrow batches of valid text. Each document gets a 128-bit key.
 
-The key is a keyed hash of the document's id. Its upper half decides the split, and its lower half the position in the
-shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number of workers and
-nodes.
+The key is a keyed hash of the document's id. The upper half of the key decides the split, and the lower half decides
+the position in the shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number
+of workers and nodes.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 
 KEY_BYTES = 16
-# Within a part, the share of bad rows is checked once this number of rows is read. It is checked again for the whole
-# dataset.
+# Within a part, the share of bad rows is checked once this number of rows is read. The share is checked again for the
+# whole dataset.
 JUDGED_ROWS = 1000
 
 

@@ -13,7 +13,7 @@ from core.errors import DataError, ObjectNotFound
 from core.storage import ObjectInfo
 from data_prep.sources import web
 
-# Called with the number of source bytes read since the last call.
+# A function that is called with the number of source bytes read since its last call.
 Fetched = Callable[[int], None]
 
 
@@ -76,14 +76,13 @@ def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
         raise _folder(place, suffixes) or error from None
     if not found:
         raise _folder(place, suffixes) or DataError(
-            f"{place}: no file matches; check the address and the pattern "
-            "(names that begin with . or _ match only where the pattern writes that)"
+            f"{place}: no file matches; check the address and the pattern (wildcards do not match a leading . or _)"
         )
     return found
 
 
 def _folder(place: str, suffixes: tuple[str, ...]) -> DataError | None:
-    """The error for a place that is a folder, with a pattern that matches files in it.
+    """The error for a place that is a folder. The error names a pattern that matches files in the folder.
 
     None if the folder has no such files.
     """

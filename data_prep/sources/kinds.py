@@ -19,7 +19,7 @@ class SourceKind:
 
     `divisible` files are cut into parts. Any other file is one part. `columns` is `fixed` if all rows have the same
     columns, `by row` if they may differ between rows, and `none` if there are no columns. `read` yields the requested
-    columns. Its third argument maps them to their content: `text`, `id` or `number`.
+    columns. The third argument of `read` maps these columns to their content: `text`, `id` or `number`.
     """
 
     suffixes: tuple[str, ...]
@@ -58,7 +58,7 @@ def is_streamed(file: SourceFile) -> bool:
 
 
 def is_text(file: SourceFile) -> bool:
-    """Whether a file is plain text, whose id is its name."""
+    """Whether a file is plain text. The ids of its documents contain its name."""
     return not file.reader and (kind := of_name(file.uri)) is not None and kind.read is text.read
 
 

@@ -16,9 +16,9 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, chat
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# This limit protects the memory from a file without line breaks.
+# This limit bounds the memory for a file without line breaks.
 LONGEST_LINE_BYTES = 256 << 20
-# Rows from which the columns are inferred.
+# Number of first rows from which the columns are inferred.
 SAMPLE_ROWS = 100
 
 
@@ -39,9 +39,9 @@ def schema_of_rows(start: bytes) -> pa.Schema:
 def read(
     part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`. Other values become null.
+    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`.
 
-    Raises DataError for a damaged compressed file.
+    Values of another type become null. Raises DataError for a damaged compressed file.
     """
     rows: list[dict[str, Any]] = []
     size = 0
@@ -108,7 +108,7 @@ def _text(value: Any) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        # A lone surrogate (JSON can write one) becomes U+FFFD, as in tiktoken.
+        # A lone surrogate (JSON allows it) becomes U+FFFD, as in tiktoken.
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 

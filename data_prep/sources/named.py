@@ -1,9 +1,9 @@
 """Finds the files of a Hugging Face dataset by its name, and determines how to read them.
 
-`datasets` decides as in `load_dataset`, but only from the repository's list of files and its card. So nothing is
-downloaded twice, and core.storage makes the requests. If HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, a copy in the
-Hub's cache is read (`hf download --repo-type dataset OWNER/NAME`). The plan and the result are the same as from the
-Hub.
+`datasets` chooses files and reader as in `load_dataset`, but only from the repository's list of files and its card. So
+nothing is downloaded twice, and core.storage makes the requests. If HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, a
+copy in the Hub's cache is read (`hf download --repo-type dataset OWNER/NAME`). The plan and the result are the same as
+from the Hub.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
 
 
 def _file(uri: str, size: int, module: str, options: dict[str, Any]) -> SourceFile:
-    """A source file. It names a reader only if the suffix does not determine one."""
+    """A source file. It names a reader only if the file's suffix does not determine the reader."""
     own = kinds.of_name(uri)
     if own and (module in _OWN or (module == "json" and not options) or streamed.reader_of(uri) == (module, options)):
         return SourceFile(uri, size, "")
@@ -185,7 +185,7 @@ def _full_name(source: SourceConfig) -> str:
 
 @contextlib.contextmanager
 def explained(source: SourceConfig, revision: str) -> Iterator[None]:
-    """Converts refusals of the Hub to a ConfigError about the setting."""
+    """Converts a refusal by the Hub to a ConfigError that names the setting."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:

@@ -18,8 +18,7 @@ from core.errors import DataError
 from core.settings.preparation import SourceConfig
 from data_prep.sources.files import Fetched, Part, SourceFile, read_range
 
-# Bytes per request. They are so many that the latency of a request does not matter, and few compared with a worker's
-# memory.
+# Bytes per request. The latency of such a large request does not matter, and a worker's memory is much larger.
 FETCH_BYTES = 16 << 20
 FETCH_AHEAD = 3
 # Ranges with a smaller gap are fetched together: to fetch the unwanted bytes costs less than another request.
@@ -54,7 +53,7 @@ def read(
 ) -> Iterator[pa.RecordBatch]:
     """Yields batches of `columns` in file order. Calls `fetched(count)` with the bytes of each group that has arrived.
 
-    Raises DataError for a damaged file, StorageError if it cannot be fetched.
+    Raises DataError for a damaged file, and StorageError for a failed request.
     """
     metadata = _metadata(part.file.uri, part.file.size)
     groups = _groups(metadata, part, columns)

@@ -55,7 +55,7 @@ def _row_of(table: pa.Table) -> dict[str, Any] | None:
 
 
 def _with_text(value: Any) -> Any:
-    """The value with text in place of bytes that are UTF-8: some writers of parquet do not mark strings as such."""
+    """Convert bytes that are UTF-8 to text, because some writers of parquet do not mark strings as strings."""
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -65,7 +65,7 @@ def reader_of(uri: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _plain(uri: str) -> str:
-    """The path without the suffix of a compression, because `datasets` gets the decompressed file."""
+    """The path without a suffix such as .gz, because `datasets` gets the decompressed file."""
     path = path_of(uri)
     return path.rsplit(".", 1)[0] if blocks.compression_of(uri) else path
 

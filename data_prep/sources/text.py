@@ -17,7 +17,7 @@ LARGEST_DOCUMENT_BYTES = 256 << 20
 
 
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """The text columns, with the names from the settings: the text and, unless its name is empty, the id."""
+    """The text column and, unless its name is empty, the id column. The settings name both columns."""
     text = (source and source.text_column) or "text"
     name = "id" if source is None or source.id_column is None else source.id_column
     return pa.schema([(column, pa.large_string()) for column in dict.fromkeys((text, name)) if column])

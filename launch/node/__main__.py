@@ -2,7 +2,7 @@
 
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
-    python -m launch.node -m trainer.train CONFIG --more="$TRAIN_ARGS"  (that variable's words, split as by a shell)
+    python -m launch.node -m trainer.train CONFIG --more="$TRAIN_ARGS"  (TRAIN_ARGS is split into words, as by a shell)
 
 The program gets the facts of this machine as environment variables (clouds/machine.py). Its output is stored, line by
 line, below RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit
@@ -15,8 +15,8 @@ codes:
     36   the bucket failed for too long                 (a managed job ends: another machine has no better bucket)
     else the program failed                             (the job ends)
 
-A request to stop (SIGTERM, SIGHUP, SIGINT) at any moment ends this program with 33, unless the module exits with 0 or
-34.
+A request to stop (SIGTERM, SIGHUP, SIGINT) at any moment ends this program with 33, unless the program that it runs
+exits with 0 or 34.
 """
 
 import signal
@@ -24,7 +24,7 @@ import signal
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen(signal.SIGINT)  # called before the imports that take seconds
+    stop.listen(signal.SIGINT)  # this call comes before the imports, which take seconds
 
 import contextlib
 import json
@@ -60,9 +60,10 @@ log = logging.getLogger("node")
 # After more refusals than this within a day, the job ends and a person must look, because the machines are probably not
 # the cause.
 REFUSALS_PER_DAY = 3
-# The head node's exit code counts. The other nodes wait this many seconds for its end before they end the job.
+# The head node's exit code counts for the job. If another node fails, it gives the head node this many seconds to end
+# first.
 HEAD_START_SECONDS = 30.0
-# Seconds that this process has after it has killed the program. After them, container.sh would kill this process.
+# Seconds that this process has to end after it has killed the program. Then container.sh kills this process.
 AFTER_KILL_SECONDS = 4.0
 # These programs run as several ranks under torchrun. All other programs are one process.
 UNDER_TORCHRUN = ("trainer.train", "trainer.evaluate")
@@ -72,7 +73,7 @@ SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class PaidRecord:
-    """The record of this machine for the cap. All nodes of a training have one record, which the first node writes."""
+    """This machine's paid time, which the cap counts. The nodes of a training share the record of the first node."""
 
     def __init__(self, environment: Mapping[str, str], module: str, rank: int, attempt: str):
         trains = module.startswith("trainer.")
@@ -92,7 +93,7 @@ class PaidRecord:
             self._began = True
 
     def end(self) -> None:
-        """Record the end. Idempotent. If the store fails, the cap only counts more time for this machine."""
+        """Record the end once. If the store fails, the cap counts more time for this machine than was paid."""
         if self._began:
             self._began = False
             with contextlib.suppress(LauncherError):
@@ -100,7 +101,7 @@ class PaidRecord:
 
 
 def controller(environment: Mapping[str, str]) -> paid.Controller | None:
-    """The controller of this managed job, or None if there is none, or its price is not known."""
+    """The controller of this managed job. None if this is no managed job, or if the controller's price is not known."""
     price, since = positive(environment, "CONTROLLER_USD_PER_HOUR"), positive(environment, "SUBMITTED_AT")
     managed = environment.get("SKYPILOT_MANAGED_JOB_ID")
     return paid.Controller(since, price) if managed and price and since else None
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
     supervise.hang_minutes(environment)
     stop.seconds()
-    # Until the program runs, there is nothing to save. A request to stop then ends the preflight and this program.
+    # Before the program starts, there is nothing to save, so a request to stop ends the preflight and this process.
     stop.on_leaving(kill_descendants)
     rank, addresses = network.nodes(environment)
     found = machine.gpus()
@@ -198,7 +199,7 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """If the run has reached a limit, a sentence that also says how to continue. Otherwise "".
+    """A sentence on the limit that the run has reached, and how to continue. "" if no limit is reached.
 
     The time of this machine counts for the limits of the whole run, but not for the limit of restarts.
     """

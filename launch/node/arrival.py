@@ -48,13 +48,13 @@ def main(arguments):
         document.update(started_at=started_at, usd_per_hour=float(price), host=socket.gethostname(), setup=True)
     try:
         put(f"{url}/machines/{attempt}/{'start' if what == 'begin' else 'end'}.json", json.dumps(document) + "\n")
-    except Exception as error:  # any error of the request, such as network, keys or permissions
+    except Exception as error:  # the network, keys or permissions may cause any error
         return f"{url} did not take this machine's record, so that its set-up does not count under the cap: {error}"
     return 0
 
 
 def put(url, body):
-    """Write one object. Raises an OSError of urllib."""
+    """Write one object. Raises OSError if the request fails."""
     name, _, key = url[len("s3://") :].partition("/")
     endpoint = first(ENDPOINTS)
     region = first(REGIONS) or "us-east-1"

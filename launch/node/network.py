@@ -41,7 +41,7 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 
 
 def rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's arguments for a static rendezvous. After a failure, the whole job starts again from its checkpoint."""
+    """torchrun's arguments for a static rendezvous. After a failure, the whole job restarts from its checkpoint."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
     # Several nodes must know the port in advance. A single node takes any free port, because other jobs may run on it.
@@ -50,9 +50,9 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Called on the head node.
+    """Check, on the head node of several nodes, the port at which all ranks meet.
 
-    Raises ConfigError if another program uses the port at which the ranks of several nodes meet.
+    Raises ConfigError if another program uses the port.
     """
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniband")) -> dict[str, str]:
-    """Variables for NCCL and Gloo. Those that the user has set are left out."""
+    """Variables for NCCL and Gloo. Variables that the user has set are left out."""
     rank, addresses = nodes(environment)
     found = {"NCCL_DEBUG": "WARN"}
     if len(addresses) > 1:
@@ -93,7 +93,7 @@ def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniba
             found |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
         libraries = [path for path in EFA_LIBRARIES if Path(path).is_dir()]
         if any(devices.glob("uverbs*")) and len(libraries) == len(EFA_LIBRARIES):
-            # NCCL uses EFA through AWS's libfabric plugin, which it finds on the library path.
+            # NCCL uses EFA, AWS's fast network, through a libfabric plugin, which NCCL finds on the library path.
             path = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
             found |= {"FI_PROVIDER": "efa", "LD_LIBRARY_PATH": path}
     return {name: value for name, value in found.items() if name == "LD_LIBRARY_PATH" or not environment.get(name)}

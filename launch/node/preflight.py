@@ -2,10 +2,10 @@
 
     report = run(os.environ, machine.gpus())
 
-Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
+Checks the GPUs (number, kind, error counters), the clock, the disk and the bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine. The machine is then replaced by another one. For a fault that another machine would have too,
-ConfigError is raised. A note is only reported. The reports are stored below RUN_URL/preflight/.
+a fault of this machine, which is then replaced. If another machine would have the same fault, ConfigError is raised
+instead. A `note` is only reported. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
-# Largest difference of the clock in seconds. S3 refuses signatures that are 15 minutes off. The clocks behind the
-# ledgers of several machines must agree much better than that.
+# Largest allowed difference of the clock in seconds. S3 refuses requests if the clock is 15 minutes off. The ledgers of
+# several machines need clocks that agree better than that.
 MAX_SKEW_SECONDS = 300.0
 PROBE_BYTES = 16 << 20
-# Time limit of the all-reduce. When the program starts for the first time, it reads torch's 5 GB of libraries from
-# disk. A GPU that is not ready after this time will not answer at all.
+# Time limit of the all-reduce in seconds. It includes the first read of torch's 5 GB of libraries from disk. A GPU that
+# is not ready by then will not answer at all.
 ALL_REDUCE_SECONDS = 180.0
 
 
@@ -138,7 +138,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     Returns its figures, or one sentence about its failure.
     """
     ranks = network.ranks_per_node(environment)
-    # --standalone would resolve the host name, which a container may not know.
+    # torchrun's option --standalone would resolve the host name, which may fail in a container.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
     # PARENT_PID makes the program end when this process ends (core.stop).

@@ -5,8 +5,8 @@ On each GPU, initialises CUDA, multiplies matrices and compiles a function.
     docker run --rm IMAGE
     python -m launch.node.selftest --health     the image's health check: files only, no torch, no GPU
 
-IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error. The
-health check runs beside the training every few minutes, so it uses no GPU memory and compiles nothing.
+The variable IMAGE_TARGET in the image says which programs the image contains. Prints one line, or fails with the first
+error. The health check runs every few minutes during a training, so it uses no GPU memory and compiles nothing.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         return
     if arguments:
         raise ConfigError(f"unknown arguments {' '.join(arguments)}; usage: python -m launch.node.selftest [--health]")
-    # Programs import this module only when they open a bucket.
+    # Programs import core.stores.remote only when they open a bucket.
     for program in (*PROGRAMS[target], "core.stores.remote"):
         importlib.import_module(program)
     if os.geteuid() == 0:

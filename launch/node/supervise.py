@@ -1,11 +1,11 @@
-"""Supervises one child program: stores its output, passes requests to stop to its workers, and ends a hang.
+"""Supervises one child program: stores its output, passes requests to stop to its workers, and ends it if it hangs.
 
     child = Child(["torchrun", ...], environment, keep=journal.add)
     outcome = child.wait(hang_seconds=900)
 
 Workers are children of torchrun. This module sends signals directly to the workers, because torchrun gives its children
-only 30 seconds to save. A request to stop creates STOP_FILE. By this file, workers recognise that a SIGTERM is a
-request to stop, or that a request came before they started (core.stop).
+only 30 seconds to save. A request to stop also creates STOP_FILE. If STOP_FILE exists, a worker knows that a SIGTERM is
+a request to stop, or that the request came before the worker started (core.stop).
 
 A program counts as hung if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
 """
@@ -31,10 +31,10 @@ from core.environment import positive
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-# Minutes after which a silent program counts as hung. They are more than the ten minutes after which a collective gives
-# up and names the missing rank.
+# Minutes after which a silent program counts as hung. A collective gives up earlier, after ten minutes, and names the
+# missing rank.
 HANG_MINUTES = 15.0
-# Grace period for a worker to save before SIGKILL.
+# Seconds that a worker has to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
 # Longest wait in seconds for the end of the output. A process that outlives the child may keep the pipe open.
@@ -68,7 +68,7 @@ class Child:
     """A running program. `keep` is called with every line of the program's output.
 
     The lines are also written to our standard output. `launched` means that the program is torchrun and its children
-    are the workers. `asked` is set to stop it.
+    are the workers. The event `asked` is set to stop the program.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Child:
         return Outcome(code, hung or not self._is_gone, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. A pulse is any change of the file's time, forwards or backwards."""
+        """Seconds since the last output or pulse. A pulse is any change of PULSE_FILE's time, forwards or backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
@@ -144,7 +144,7 @@ class Child:
         return time.monotonic() - self._last_progress
 
     def _pass_stop_on(self) -> None:
-        """Send SIGTERM once to every worker, including new ones. While there are no workers, send it to the child."""
+        """Send SIGTERM once to every worker, including new workers. If there is no worker yet, send it to the child."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
@@ -217,7 +217,8 @@ class Child:
                 try:
                     sys.stdout.write(text)
                     sys.stdout.flush()
-                # The reader of our output is gone; keep reading, because the child would block on a full pipe.
+                # The output of this program cannot be written any more. The child's output is still read, because the
+                # child would block on a full pipe.
                 except OSError:
                     shown = False
         lines.add(decode(b"", True))
@@ -248,7 +249,7 @@ class _Lines:
         self._take(rest)
 
     def end(self) -> None:
-        """Pass the last line to `keep`. It may have no line end."""
+        """Pass the last line to `keep`, even if it has no line end."""
         if self._parts:
             self._give()
 
@@ -266,7 +267,7 @@ class _Lines:
 
 
 def hang_minutes(environment: Mapping[str, str]) -> float:
-    """HANG_MINUTES in seconds: the time without output and without steps after which a program counts as hung.
+    """The minutes without output and without steps after which a program counts as hung.
 
     Raises ConfigError.
     """

@@ -9,9 +9,9 @@ makes an image or starts a container. launch.node gives them while it supervises
 time counts from the boot. When the time is over, this program asks the cloud to terminate the machine, if the node's
 role or key allows it. Otherwise the machine is powered off, which ends a spot machine and stops an on-demand machine.
 
-cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. The switch does not end
-controllers of SkyPilot and machines of other projects. If `--ours` is given, the switch does not check to whom the
-machine belongs, because a job of this project runs on it. The switch does not run on clouds other than AWS and Lambda.
+cloud-init starts the switch on every machine that SkyPilot rents on AWS from the project's folder. The switch does not
+end SkyPilot's controllers or machines of other projects. If `--ours` is given, this is not checked, because a job of
+this project runs on the machine. The switch runs only on AWS and Lambda.
 
 In a cluster of several nodes, one node may finish hours before another, and SkyPilot ends all of them together. So a
 silent node waits while the head of its cluster answers, but at most OTHERS_SECONDS.
@@ -43,7 +43,7 @@ ROLE = "pretrain-launcher-node"
 POLL_SECONDS = 10.0
 REQUEST_SECONDS = 20.0
 METADATA_SECONDS = 3.0
-# The longest time in seconds from the cloud's answer to the end of the machine.
+# Seconds to wait for the machine's end after the cloud has accepted the request.
 GRACE_SECONDS = 60.0
 TRIES = 3
 PAUSE_SECONDS = 20.0
@@ -82,9 +82,9 @@ def main(arguments):
 
 
 def adopt_environment(path):
-    """Set the variables of the machine's image, such as a proxy or a certificate authority of its own.
+    """Set the variables of the file `path`, which cloud-init and sudo leave out.
 
-    cloud-init and sudo leave them out. Without its authority no request to the cloud would succeed.
+    The machine's image may set a proxy or a certificate authority there. Requests to the cloud may fail without them.
     """
     try:
         with open(path) as file:
@@ -98,7 +98,7 @@ def adopt_environment(path):
 def wait_for_silence(minutes):
     """Return once ALIVE has not changed for `minutes`.
 
-    The time is measured so that a jump of the system's clock does no harm.
+    The time is measured by the monotonic clock, so a jump of the system's clock has no effect.
     """
     last, seen, silent = time.monotonic(), modified(), 0.0
     while silent < minutes * 60 or (silent < OTHERS_SECONDS and cluster_lives()):
@@ -109,7 +109,7 @@ def wait_for_silence(minutes):
 
 
 def cluster_lives():
-    """Whether this node is one of several nodes whose head answers."""
+    """Whether this node belongs to a cluster of several nodes, and the cluster's head answers."""
     try:
         with open(HEAD) as file:
             address = file.read().strip()
@@ -130,15 +130,15 @@ def modified():
 def is_ours(minutes):
     """Whether this is a machine on AWS for a job of this project.
 
-    This is decided by its tags or, if they cannot be read, by its role. If neither is known after `minutes` more, the
-    machine has lost its network and counts as this project's.
+    This is decided by its tags or, if they cannot be read, by its role. If neither is known after another `minutes`,
+    the machine has lost its network and counts as this project's.
     """
     until = time.monotonic() + minutes * 60
     while True:
         for look in (by_tags, by_role):
             try:
                 ours, said = look()
-            except Exception as error:  # any error of the request, such as no network or no permission
+            except Exception as error:  # without network or permission, the request fails
                 say(f"{look.__name__}: {error}")
             else:
                 say(f"{said} {'is of this project' if ours else 'is left alone'}")
@@ -170,12 +170,14 @@ def end():
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
                 say(terminate())
-            except Exception as error:  # any error of the request, such as another cloud, no network or no permission
+            except Exception as error:  # on another cloud, or without network or permission, the request fails
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
         tries += 1
-        # A powered-off machine on demand keeps its disk. A busy cloud may answer the next time.
+        # The cloud may be busy now and answer the next time. Power-off comes last: an on-demand machine then keeps its
+        # disk. A machine on Lambda is never powered off, because Lambda bills it until its API ends it, and a
+        # powered-off machine cannot call the API.
         if tries >= TRIES and not is_on_lambda():
             say("powered off")
             subprocess.call(["shutdown", "-h", "now"])
@@ -194,7 +196,7 @@ def metadata(path):
 
 
 def direct(request):
-    """The answer to a request without a proxy, because the service is local to the machine."""
+    """The answer to a request that uses no proxy, because the metadata service is local to the machine."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=METADATA_SECONDS) as answer:
         return answer.read().decode()
@@ -203,7 +205,7 @@ def direct(request):
 def is_on_aws():
     try:
         return metadata("instance-id").startswith("i-")
-    except Exception:  # there is no such service
+    except Exception:  # outside of AWS there is no metadata service
         return False
 
 
@@ -240,7 +242,7 @@ def ec2(action):
 
 
 def endpoint():
-    """The address of EC2, if the machine's image sets an address other than AWS's."""
+    """The address of EC2 that the machine's image sets. "" means AWS's own address."""
     return (os.environ.get("AWS_ENDPOINT_URL_EC2") or os.environ.get("AWS_ENDPOINT_URL") or "").rstrip("/")
 
 
@@ -279,10 +281,7 @@ def lambda_keys():
 
 
 def is_on_lambda():
-    """Terminate through Lambda's API.
-
-    Lambda bills a powered-off machine until its API ends it, and a powered-off machine cannot call the API.
-    """
+    """Whether this machine is on Lambda: it has a key of Lambda's API, and it is not on AWS."""
     return os.path.exists(lambda_keys()) and not is_on_aws()
 
 
