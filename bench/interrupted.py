@@ -232,9 +232,9 @@ class Trial:
             send(self.home, signal.SIGSTOP)  # a second time, for processes that were started meanwhile
 
     def _follow(self) -> None:
-        """Wait until every machine is gone or has been running for longer than the limit.
+        """Wait until every machine is gone, or until the limit has passed.
 
-        If a machine is still running, the user comes back (`_come_back`).
+        If a machine still runs after the limit, do what a user would do who returns to the computer (`_come_back`).
         """
         assert self.launcher
         while True:

@@ -37,7 +37,9 @@ from bench.interrupted import FIRST, Cell, Trial, cells
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True, help="existing folder for homes, outputs and records")
+    parser.add_argument(
+        "--scratch", type=Path, required=True, help="existing folder for files of the programs that are started"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; finished cases are added to it")
     parser.add_argument("--minutes", type=float, default=25.0, help="start no new case after this many minutes")
     parser.add_argument("--only", type=int, nargs="*", help="measure only the cases with these numbers")

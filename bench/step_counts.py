@@ -38,7 +38,11 @@ _RESULT = "counted: "
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--before", type=Path, help="folder with another checkout; also count its operations")
-    parser.add_argument("--only", default="", help="steps, such as gpt2-124m-8, separated by commas; default: all")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="measure only these presets and numbers of ranks, such as gpt2-124m-8; separated by commas",
+    )
     parser.add_argument("--width", type=int, default=0, help="model dimension; default: the preset's")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -135,7 +135,7 @@ class Aws(Cloud):
             yield Finding("ok" if enough else "!", said + ("" if enough else f", {task.nodes} x {kind} need more"))
 
     def _type_of(self, request: MachineRequest) -> tuple[str, float]:
-        """Instance type and vCPUs of the cheapest offer for a request, without its limits on region and price."""
+        """Instance type and vCPUs of the cheapest offer for `request`, whose limits on region and price are ignored."""
         anywhere = dataclasses.replace(request, cloud=None, region=None, zone=None, spot=False, max_usd_per_hour=None)
         offers = [offer for offer in self.offers() if catalog.fits(offer, anywhere)]
         if not offers:

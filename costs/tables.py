@@ -184,7 +184,7 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
         ("USD per GPU-hour", usd(of.usd_per_gpu_hour)),
         ("utilisation of the GPUs while training (MFU)", _percent(of.mfu)),
-        ("goodput: train kept as a share of paid time", _percent(of.goodput)),
+        ("goodput: `train kept` / paid time", _percent(of.goodput)),
     ]
     if of.restarts:
         each = f"{figures.dollars(of.usd_per_restart, report.places)} ({figures.counted(of.restarts, 'restart')})"

@@ -27,8 +27,8 @@ PREPARATION, TRAINING, EVALUATION, EXPORT = "preparation", "training", "evaluati
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
 # With fewer dollars than this, a machine would end before its program has begun.
 LEAST_USD = 0.02
-# Variables that are not passed on to all stages, because their values differ between stages. USD_PER_HOUR, for example,
-# is the price of the machine that trains.
+# Each stage has its own values of these variables, so a stage does not take the values of the user. USD_PER_HOUR, for
+# example, is the price of the machine that trains.
 _OF_STAGES = (
     "USD_PER_HOUR",
     "CONFIG",

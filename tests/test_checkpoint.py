@@ -144,7 +144,7 @@ def test_all_damaged_stops_and_leaves_the_targets_alone(tmp_path, ranks):
     model, optimizer = trained(5, 1)
     before = model.wte.weight.clone()
     with pytest.raises(
-        CheckpointError, match=r"none of the 2 complete checkpoints can be used, the newest because: .*step-00000002"
+        CheckpointError, match=r"none of the 2 complete checkpoints can be used; the newest fails with: .*step-00000002"
     ):
         load_newest(run_url, optimizer, ranks)
     assert torch.equal(model.wte.weight, before)
@@ -213,7 +213,7 @@ def test_books_that_cannot_be_stored_hold_the_marker_back(tmp_path, ranks):
     _, optimizer = trained(1, 1)
     each = Saver(str(tmp_path), 1, ranks, CheckpointConfig(), None, lambda: False, optimizer.blocks)
     each.begin(1, {})
-    with pytest.raises(CheckpointError, match="metrics and the ledger of its steps could not be stored"):
+    with pytest.raises(CheckpointError, match="the metrics and the ledger of its steps must be stored first, but could not be stored"):
         each.finish(1)
     assert layout.complete_steps(str(tmp_path)) == []
 

@@ -200,7 +200,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """The `Seen` of a segment once all objects in these listings have been read."""
+    """What has been read of a segment, as a `Seen`, after all objects in these listings were read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))

@@ -162,10 +162,10 @@ class Child:
         return time.monotonic() > self._kill_at
 
     def _end_hang(self, hang_seconds: float) -> bool:
-        """Ask the workers to save. If the program does not end, make all threads print their stacks.
+        """Ask the workers to save and to exit. If the program does not exit, make all threads print their stacks.
 
-        Saving works if the program is only slow, or if only one rank waits. Returns whether the program made progress
-        and ended. A program that has nothing to save ends without progress.
+        The workers can save if the program is slow but not stuck, or if one rank alone is stuck. Returns whether the
+        program exited and had stored something new before it did.
         """
         log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])

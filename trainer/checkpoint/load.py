@@ -102,8 +102,8 @@ def _first_usable(
     if not damaged:
         return None, ""
     return None, (
-        f"{RunFolder(run_url).checkpoints}: none of the {damaged} complete checkpoints can be used, "
-        f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
+        f"{RunFolder(run_url).checkpoints}: none of the {damaged} complete checkpoints can be used; "
+        f"the newest fails with: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
     )
 
 

@@ -166,9 +166,8 @@ class Annealer:
     def _replanned(self, step: int) -> Change | None:
         """A shorter cooldown, if the money no longer pays for the rest of the current cooldown. Otherwise None.
 
-        A cooldown is re-planned at most once, and a small shortage may come from noise in the pace. So the re-plan
-        waits until the money pays for no more than a limit of steps. The limit is half of the steps that are left, or
-        the share LATE of the cooldown's steps if that is more.
+        There is only one re-plan, and noise in the pace can look like a small shortage of money. So the re-plan waits
+        until the money pays for at most max(steps left / 2, LATE * steps of the cooldown) steps.
         """
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         plan = schedule.cooldown
