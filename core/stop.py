@@ -115,7 +115,10 @@ def asked() -> bool:
 
 
 def is_certain() -> bool:
-    """Whether this process got a request to stop that torchrun cannot have sent because of another worker's failure."""
+    """Whether this process got a request to stop that certainly came from outside the job.
+
+    After a worker has failed, torchrun also sends requests to stop. Such requests do not count here.
+    """
     return _state.certain
 
 

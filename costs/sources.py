@@ -201,7 +201,7 @@ def _has_spot_history(segment: Segment, clouds: Mapping[str, Cloud]) -> bool:
 
 
 def _bills(run: Run, outside: Outside, environment: Mapping[str, str], now: float, clouds: Mapping[str, Cloud]) -> None:
-    """Add the bills under the cost allocation tag of this run, which COST_TAG=key=value names."""
+    """Add the bills of machines with the cost allocation tag of this run. COST_TAG names this tag, as key=value."""
     key, separator, value = environment.get("COST_TAG", "").partition("=")
     starts = [segment.started_at for segment in run.segments if segment.started_at is not None]
     if not separator or not starts:

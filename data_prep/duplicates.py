@@ -34,7 +34,7 @@ THREADS = 16
 
 
 def hash_part(part: Part, state: WorkerState) -> None:
-    """Stores the hashes of a part's documents, numbered as `documents.read` yields them."""
+    """Stores the hashes of a part's documents, in the order in which `documents.read` yields the documents."""
     config = state.config
     digests: list[bytes] = []
     for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), state.fetched):

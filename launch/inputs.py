@@ -1,4 +1,4 @@
-"""Checks before a machine is rented that a task's inputs exist: tokens, weights, examples, prompts."""
+"""Before a machine is rented, checks that a task's inputs exist: tokens, weights, examples, prompts."""
 
 from collections.abc import Iterator, Mapping
 

@@ -213,7 +213,9 @@ def test_books_that_cannot_be_stored_hold_the_marker_back(tmp_path, ranks):
     _, optimizer = trained(1, 1)
     each = Saver(str(tmp_path), 1, ranks, CheckpointConfig(), None, lambda: False, optimizer.blocks)
     each.begin(1, {})
-    with pytest.raises(CheckpointError, match="the metrics and the ledger of its steps must be stored first, but could not be stored"):
+    with pytest.raises(
+        CheckpointError, match="the metrics and the ledger of its steps must be stored first, but could not be stored"
+    ):
         each.finish(1)
     assert layout.complete_steps(str(tmp_path)) == []
 

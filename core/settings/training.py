@@ -214,7 +214,7 @@ class TrainLoopConfig(Bounded):
     )
     activation_checkpointing: bool = setting(
         False,
-        "keep only the inputs of blocks for the backward pass; this takes less memory and a third more computation",
+        "keep only the inputs of blocks for the backward pass; this needs less memory, but a third more computation",
         identity=False,
     )
     deterministic: bool = setting(

@@ -62,8 +62,8 @@ class Ranks:
 def start(device: str, setting: str = "train.device") -> Ranks:
     """Join the job. `setting` is the name of the setting that holds `device`.
 
-    Raises ConfigError if the device is not available or the ranks do not meet. All ranks of a node fail in the same
-    way, so one of them raises ConfigError and the others raise PeerFailed.
+    Raises ConfigError if the device is not available or the ranks do not meet. All ranks of a node fail for the
+    same reason. So that the reason is printed once, one of them raises ConfigError and the others raise PeerFailed.
     """
     is_alone = "RANK" not in os.environ
     local_rank = 0 if is_alone else int(os.environ["LOCAL_RANK"])

@@ -113,5 +113,5 @@ class Interrupt:
 
 
 def printable(text: str) -> str:
-    """Replaces control characters."""
+    """Replaces each control character by U+FFFD."""
     return text.translate(_CONTROL)

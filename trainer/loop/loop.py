@@ -328,7 +328,7 @@ class Loop:
                 log.info("step %d is saved", step)
 
     def _keep_best(self, step: int, is_saved: bool) -> None:
-        """Keep the checkpoint with the lowest validation loss so far. Save `step` first if it is this checkpoint."""
+        """Keep the checkpoint of the step with the lowest validation loss so far. If this is `step`, save it first."""
         best = self.evaluator.best
         if best and self.settings.checkpoint.keep_best:
             self.saver.best_step = best[0]

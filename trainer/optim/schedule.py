@@ -19,11 +19,12 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
 
     The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. The cosine schedule (Loshchilov & Hutter 2017) reaches `min_lr_ratio` at the last
-    step. If `cooldown_fraction` is 1, it is the schedule of Brown et al. 2020, appendix B. The linear schedule has the
-    phases warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). It would reach
-    `min_lr_ratio` one step after the last step. Schedule wsd stays at the peak, and its cooldown is in the run's
-    course.
+    `cooldown_fraction` of the steps.
+    - cosine (Loshchilov & Hutter 2017): reaches `min_lr_ratio` at the last step. With `cooldown_fraction` 1, this is
+      the schedule of Brown et al. 2020, appendix B.
+    - linear (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024): falls in a line that ends one step after the
+      last step, so the rate of the last step is a little above `min_lr_ratio`.
+    - wsd: stays at the peak. `Schedule` adds the cooldown, because its first step is decided during the run.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -54,7 +55,7 @@ class Schedule:
         self._power = 0.5 if shape == "1-sqrt" else 1.0
         self._trunk: Callable[[int], float] = lambda step: rate_factor(step, self.first_steps, config)
         self._legs: list[tuple[int, Callable[[int], float]]] = [(-1, self._trunk)]
-        self._since = 0  # the step before the newest second warm-up
+        self._since = 0  # the last step before the newest warm-up of an extended run
         self._progress: Callable[[int], float] = lambda step: 0.0  # the progress of the current cooldown
         for change in changes:
             self.add(change)

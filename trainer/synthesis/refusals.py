@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from core import secrets
 
-# The kinds of refusals. again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters
-# are refused. setting: a parameter of all calls is refused. credit: the account has no credit left. key: OPENAI_API_KEY
-# is wrong. address: endpoint.url is wrong.
+# The kinds of refusals:
+# again: a retry may help. prompt: this prompt is refused. setting: a parameter that every call sends is refused.
+# unclear: the answer does not say whether the prompt or a parameter is refused. credit: the account has no credit left.
+# key: OPENAI_API_KEY is wrong. address: endpoint.url is wrong.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
