@@ -30,7 +30,7 @@ run() { # NAME COMMAND-PREFIX ...
   shift
   printf '\n== %s: seed %d, load %s\n' "$name" "$seed" "$(cut -d' ' -f1-3 /proc/loadavg)"
   # pytest-randomly is off by default: the order of the files is that of their names.
-  if ! (cd "$clone" && "$@" "$python" -m pytest -o addopts="--strict-markers -q" -p randomly -p no:cacheprovider -n 2 --dist=loadfile \
+  if ! (cd "$clone" && "$@" "$python" -m pytest -o addopts="--strict-markers -q" -p randomly -p no:cacheprovider -n 3 --dist=loadfile \
         --randomly-seed="$seed" -m "$marks" "${files[@]}" </dev/null); then
     outcome=FAILED failed=1
   fi

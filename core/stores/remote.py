@@ -29,9 +29,11 @@ PART_BYTES = 16 << 20
 MOST_PARTS = 9000  # S3 allows 10,000
 PARTS_AT_ONCE = 6
 UPLOAD_TRIES = 7
-# Bytes per piece of a download. Larger pieces are copied more often inside obstore.
+# Bytes per piece of a download that is not returned in one piece.
 PIECE_BYTES = 1 << 20
-WHOLE_BYTES = 4 << 20
+# Downloads of up to this size are returned in one piece, which is less work for obstore. The parts of a parallel read
+# (core.storage.READ_PART_BYTES) have this size.
+WHOLE_BYTES = 16 << 20
 # Ranges with at most this gap share a request: reading a megabyte too much is faster than another request.
 GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
