@@ -123,7 +123,7 @@ def test_a_terminal_session_does_every_command(folder, environment, models, enco
     assert words("Once upon a" + continued) in words(shown)
     assert re.search(r"12 tokens in .* tokens/s, length", shown)
 
-    assert "choose among the likeliest tokens with this total probability" in words(terminal.say("/set"))
+    assert "choose among the likeliest tokens that have this probability together" in words(terminal.say("/set"))
     assert "error: /set: top_p: is 7.0, must be above 0 and at most 1" in terminal.say("/set top_p 7")
     assert "error: unknown command /hlep; did you mean /help?" in terminal.say("/hlep")
     listed = terminal.say("/help")

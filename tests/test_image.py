@@ -121,7 +121,7 @@ def test_the_health_check_needs_neither_torch_nor_a_gpu(tmp_path):
 
 
 def with_venv() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 # --- built for real --------------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ def test_muon_moves_matrices_and_adamw_the_rest():
     model = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32, tie_embeddings=False))
     model.initialise(1)
     optimizer = BlockOptimizer(model, OptimizerConfig(name="muon", embedding_lr=0.5, lr=0.25), rank=0, world=1)
+    generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer.step(1.0)
     moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}

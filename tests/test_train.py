@@ -205,23 +205,26 @@ def test_advice_on_a_batch_divides(tokens: int, size: int, world: int, advice: s
 
 
 def test_a_finished_run_is_extended_as_the_message_says(data_url: str, straight: str):
+    run_url = straight.replace("straight", "extended")
+    for info in storage.list_objects(straight):
+        storage.write_bytes(info.uri.replace(straight, run_url, 1), storage.read_bytes(info.uri))
     longer = ["--train.steps=18", "--train.sample_tokens=0"]
     flags = [f"--data.url={data_url}", *longer]
-    code, output = launching.finish(launching.start(1, *flags, f"--run.url={straight}"))
+    code, output = launching.finish(launching.start(1, *flags, f"--run.url={run_url}"))
     assert code != 0
     assert "holds a run with train.steps=16, this config has train.steps=18; use the settings it was started" in output
     [(extend, branch, other)] = re.findall(r"more steps: (\S+); to go on .*: (--from=\S+) --run.url=(\S+)\n", output)
     # A branch leaves the run as it is, with its own schedule over 18 steps.
     assert "resumed from step 16" in launching.train(1, *flags, branch, f"--run.url={other}")
     assert sorted(launching.metrics(other)) == [17, 18]
-    assert launching.tensors(other, 16) == launching.tensors(straight, 16)
+    assert launching.tensors(other, 16) == launching.tensors(run_url, 16)
     # The extended run warms up again, and goes on without the flag too.
-    output = launching.train(1, *flags, extend, f"--run.url={straight}")
+    output = launching.train(1, *flags, extend, f"--run.url={run_url}")
     assert "the run is extended from 16 to 18 steps, after step 16" in output
-    rates = [metric["lr"] for _, metric in sorted(launching.metrics(straight).items())]
+    rates = [metric["lr"] for _, metric in sorted(launching.metrics(run_url).items())]
     assert rates[15] < rates[16]
-    assert set(launching.completed(straight)) == {16, 17, 18}, "the last stable step and the old end are kept"
-    assert "the run had already reached its last step" in launching.train(1, *flags, f"--run.url={straight}")
+    assert set(launching.completed(run_url)) == {16, 17, 18}, "the last stable step and the old end are kept"
+    assert "the run had already reached its last step" in launching.train(1, *flags, f"--run.url={run_url}")
 
 
 def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):
