@@ -115,15 +115,20 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]])
 def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
     """A temporary folder in `scratch`, and an S3 server (demo.s3_server) with the bucket `bench`.
 
-    The server keeps its data in this folder. Sets the variables of the environment that direct S3 clients to the
-    server.
+    The server keeps its data in this folder. Until the end of the context, the environment's variables direct S3
+    clients to the server.
     """
     from demo.s3_server import S3Server
 
     with tempfile.TemporaryDirectory(dir=scratch) as folder, S3Server(Path(folder) / "s3") as server:
+        before = dict(os.environ)
         os.environ.update(server.environment())
-        server.make_bucket(BUCKET)
-        yield Path(folder), server
+        try:
+            server.make_bucket(BUCKET)
+            yield Path(folder), server
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def touch_pages(size: int) -> None:
