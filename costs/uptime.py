@@ -23,6 +23,8 @@ NOTICED_LATE_SECONDS = 120.0
 # Seconds from the last job's end to the machine's end, in addition to the idle minutes of the autostop. In eight
 # launches with two idle minutes, both together took 79 to 133 s.
 AUTOSTOP_TAKES_SECONDS = 60.0
+# SkyPilot looks for jobs once a minute, so the idle minutes may begin up to a minute before the last job's end.
+CHECK_SECONDS = 60.0
 FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
 NAMED_BEFORE_SECONDS = 86400.0
 
@@ -277,8 +279,9 @@ def _after(found: Found, record: MachineRecord, end: float, reached: float, segm
     idle = record.idle_seconds
     if record.end is not None and not record.exact and idle is not None:
         expected = idle + AUTOSTOP_TAKES_SECONDS
+        # Nobody recorded when the machine ended itself, so the rest of its time is the width of a range.
+        sure = min(rest, max(0.0, idle - CHECK_SECONDS))
         if rest > expected + NOTICED_LATE_SECONDS:
-            sure = idle
             found.notes.append(
                 f"{record.origin}: {record.cluster} was to end itself {figures.duration(idle)} after its last job, and "
                 f"was found gone {figures.duration(rest)} after it; its bill ends in between. The cloud's own list or "

@@ -188,12 +188,13 @@ def test_lambda_bills_no_boot_for_certain_and_whole_minutes(tmp_path: Path):
     }
 
 
-def test_an_end_that_was_noticed_long_after_the_autostop_is_a_range(tmp_path: Path):
+def test_an_end_that_the_machine_itself_brought_about_is_a_range(tmp_path: Path):
     run = used(tmp_path / "runs/a", (NOON, NOON + 1000))
     soon = report(run, machine(NOON, NOON + 1200, idle_seconds=120.0))
-    assert amount(soon) == (12.00, 12.00, True)
+    assert amount(soon) == (10.60, 12.00, True), "from the first minute in which SkyPilot's autostop may end it"
+    assert not soon.notes
     late = report(run, machine(NOON, NOON + 4600, idle_seconds=120.0))
-    assert amount(late) == (11.20, 46.00, True)
+    assert amount(late) == (10.60, 46.00, True)
     assert "was to end itself 2 min 00 s after its last job, and was found gone 1 h 00 min after it" in late.notes[0]
     exact = report(run, machine(NOON, NOON + 1150, idle_seconds=120.0, exact=True))
     assert amount(exact) == (11.50, 11.50, True)
