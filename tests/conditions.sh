@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests however they may be started; the figures and the result of each run come last.
-#   tests/conditions.sh            the whole suite once per condition (an hour or more)
-#   tests/conditions.sh short      a few files once, under all conditions but the load at once (a minute; part of CI)
-# Each run works on a clone of the last commit and uses this checkout's environment.
+#   tests/conditions.sh            the whole suite twice under all conditions at once, the second time with the load
+#   tests/conditions.sh short      a few files once, under all conditions but the load (a minute; part of CI)
+# The conditions: random order, SIGINT ignored, nohup, setsid, no terminal, a path with spaces, another time zone and
+# locale, umask 077, and two busy loops per core. Each run works on a clone of the last commit and uses this checkout's environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,23 +38,22 @@ run() { # NAME COMMAND-PREFIX ...
   results+=("$(printf '%-12s %8d  %s (seed %d)' "$name" $((SECONDS - began)) "$outcome" "$seed")")
 }
 
+# All conditions at once: a test that fails under one of them also fails here. A shell starts what is in its background
+# with SIGINT ignored.
+umask 077
+odd=(bash -c 'trap "" INT; exec setsid --wait nohup "$@"' bash env TZ=Asia/Kathmandu LANG=C LC_ALL=C)
+
 if [ "${1:-}" = short ]; then
   files=("${short[@]}")
-  umask 077
-  run all bash -c 'trap "" INT; exec setsid --wait nohup "$@"' bash env TZ=Asia/Kathmandu LANG=C LC_ALL=C
+  run short "${odd[@]}"
   exit $failed
 fi
 
 files=()
-run order env
-# A shell starts what is in its background with SIGINT ignored.
-run nohup bash -c 'trap "" INT; exec nohup "$@"' bash
-run setsid setsid --wait
-run place env TZ=Asia/Kathmandu LANG=C LC_ALL=C
-umask 077; run umask env; umask 022
+run idle "${odd[@]}"
 for _ in $(seq $(($(nproc) * 2))); do
   (while :; do :; done) &
   burners+=($!)
 done
-run load env
+run load "${odd[@]}"
 exit $failed

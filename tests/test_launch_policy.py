@@ -63,7 +63,7 @@ def enforce(endpoint: str, after: str) -> None:
 
 def test_all_that_a_run_does_is_allowed(limited):
     for folder in ("runs/first", "data/fineweb-edu-10bt"):
-        uri = f"s3://{BUCKET}/{folder}/object"
+        uri = f"s3://{BUCKET}/{folder}/small/object"
         storage.write_bytes(uri, b"0123456789", exclusive=True)
         with pytest.raises(ObjectExists):
             storage.write_bytes(uri, b"other", exclusive=True)
@@ -71,7 +71,7 @@ def test_all_that_a_run_does_is_allowed(limited):
         assert storage.read_bytes(uri) == b"0123456789"
         assert storage.read_range(uri, 2, 5) == b"234"
         assert storage.size_of(uri) == 10
-        assert [info.uri for info in storage.list_objects(f"s3://{BUCKET}/{folder}")] == [uri]
+        assert [info.uri for info in storage.list_objects(f"s3://{BUCKET}/{folder}/small")] == [uri]
         storage.delete(uri)
         assert not storage.exists(uri)
     storage.write_bytes(f"s3://{BUCKET}/.check-123", b"as launch.check does")
