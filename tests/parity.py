@@ -63,6 +63,7 @@ ADDED = {
         "--batch.micro_batch_size=16",
         "as many sequences as fit would take half of the memory that other tests need",
     ),
+    "trainer/configs/tuning/dpo.yaml": ("--optimizer.warmup_steps=0", "forty pairs are one step"),
     "trainer.serve": ("--port=0", "another program may have the usual port"),
 }
 

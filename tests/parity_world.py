@@ -144,7 +144,7 @@ class Place:
             program.chmod(0o755)
             (self.clone / stamp).touch()
         (self.clone / "input.txt").write_text("\n\n".join(corpus.speeches(3)))
-        tuning.write_rows(self.clone / "rows.jsonl", [sets.conversation(row) for row in tuning.conversations(40)])
+        tuning.write_rows(self.clone / "rows.jsonl", [sets.conversation(row) for row in tuning.conversations(80)])
         tuning.write_rows(self.clone / "pairs.jsonl", tuning.preferences(40))
         (self.clone / "prompts.txt").write_text("What is one?\nWhat is two?\n")
         for split in ("train", "val"):

@@ -75,10 +75,12 @@ def test_a_new_kind_of_command_is_noticed(command: str):
 def train(place: Place, command: str, until: str = FIRST_STEP) -> str:
     """Type a training command, ask it to stop once it has said `until`, and return its output.
 
-    It may also have finished by then: forty pairs are one step. A step of a GPU's size takes minutes here: such a
-    command is killed in its first step.
+    It may also have finished by then. A step of a GPU's size takes minutes here, so a command with such a batch is
+    killed when it has printed this batch.
     """
-    is_large = "--batch.tokens_per_step=" in command
+    large = re.search(r"--batch.tokens_per_step=(\d+)", command)
+    if large:
+        until = f"batch: {int(large[1]):,} tokens"
     run = place.copied(place.world.run, "run") if "extend" in command else place.clone / "run"
     config = place.world.folder / "finished.yaml" if "extend" in command else place.clone / "config.yaml"
     words = place.words(command, RUN_URL=run, DATA_URL=place.world.data, CONFIG=config)
@@ -92,14 +94,14 @@ def train(place: Place, command: str, until: str = FIRST_STEP) -> str:
         for line in process.stdout:
             output += line
             if until in line:
-                if is_large:
+                if large:
                     break
                 process.terminate()
-        code = None if is_large else process.wait(PATIENCE_SECONDS)
+        code = None if large else process.wait(PATIENCE_SECONDS)
     finally:
         launching.kill(process)
     assert until in output, output
-    if is_large:
+    if large:
         return output
     told = (place.clone / "code").read_text().strip() if (place.clone / "code").exists() else ""
     assert "33" in (str(code), told) or (code == 0 and "finished; next:" in output), f"{code}, {told}\n{output}"

@@ -390,5 +390,5 @@ def check_batch(settings: TrainingConfig, context: int) -> None:
     require(
         optimizer.warmup_steps <= steps,
         "optimizer.warmup_steps",
-        f"is {optimizer.warmup_steps}, more than train.steps = {steps}",
+        f"is {optimizer.warmup_steps}, more than train.steps = {steps}; lower it, or train for more steps",
     )
