@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -87,9 +88,9 @@ def _least_width(sheet: Sheet) -> int:
 
 
 def console() -> Console:
-    """A console as wide as the terminal, or wide enough for all columns if the output is a file or a pipe."""
+    """A console as wide as the terminal or as COLUMNS. In a file or a pipe without COLUMNS, all columns have room."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=180)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=180)
 
 
 def as_markdown(report: CostReport) -> str:

@@ -44,6 +44,7 @@ LAST_STEPS = 20
 MARGIN = 0.25
 
 console = Console(highlight=False)
+INDENT = "  "
 
 
 class DemoFailed(Exception):
@@ -86,7 +87,8 @@ def main() -> int:
 
         stage(6, "Where the dollars went", "two segments, the lost work priced, phases that add up to the total")
         show("python cost_report.py", RUN_URL)
-        follow([sys.executable, str(ROOT / "cost_report.py"), RUN_URL])
+        width = {"COLUMNS": str(console.width - len(INDENT))} if console.is_terminal else {}
+        follow([sys.executable, str(ROOT / "cost_report.py"), RUN_URL], width)
     console.print(
         f"\nThe demo took {time.monotonic() - begun:.0f} s. Next: README.md, 'Train GPT-2 on rented GPUs'.",
         style="green",
@@ -127,7 +129,7 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
     process = start(command, {**ENVIRONMENT, **(environment or {})})
     try:
         for line in process.stdout:
-            console.print("  " + line.rstrip(), markup=False, soft_wrap=True, style="dim")
+            console.print(INDENT + line.rstrip(), markup=False, soft_wrap=True, style="dim")
             if stop_when(line):
                 kill_tree(process)
                 return True
