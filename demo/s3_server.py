@@ -7,6 +7,7 @@ The server listens on free ports of 127.0.0.1, sends no telemetry, stores its da
 its parent.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -71,13 +72,10 @@ class S3Server:
         ]
         identities.write_text(json.dumps({"identities": found}))
         identities.chmod(0o600)
-        for left in reversed(range(STARTS)):
-            try:
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(PortTaken):
                 return self._started(data, identities)
-            except PortTaken:
-                if not left:
-                    raise
-        raise AssertionError
+        return self._started(data, identities)
 
     def _started(self, data: Path, identities: Path) -> "S3Server":
         ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
