@@ -3,7 +3,8 @@
 #   tests/conditions.sh            the whole suite twice under all conditions at once, the second time with the load
 #   tests/conditions.sh short      a few files once, under all conditions but the load (a minute; part of CI)
 # The conditions: random order, SIGINT ignored, nohup, setsid, no terminal, a path with spaces, another time zone and
-# locale, umask 077, and two busy loops per core. Each run works on a clone of the last commit and uses this checkout's environment.
+# locale, umask 077, and two busy loops per core. Each run works on a clone of the last commit and uses this checkout's
+# environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
