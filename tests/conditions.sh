@@ -3,8 +3,8 @@
 #   tests/conditions.sh            the whole suite twice under all conditions at once, the second time with the load
 #   tests/conditions.sh short      a few files once, under all conditions but the load (a minute; part of CI)
 # The conditions: random order, SIGINT ignored, nohup, setsid, no terminal, a path with spaces, another time zone and
-# locale, umask 077, and two busy loops per core. Each run works on a clone of the last commit and uses this checkout's
-# environment.
+# locale, umask 077, a shell that exports COLUMNS and FORCE_COLOR, and two busy loops per core. Each run works on a
+# clone of the last commit and uses this checkout's environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +24,8 @@ git clone --quiet . "$clone"
 
 marks='not slow and not gpu and not image and not lab'
 short=(tests/test_config.py tests/test_bucket.py tests/test_environment.py tests/test_ledger.py tests/test_journal.py
-       tests/test_launch_container.py tests/test_launch_down.py tests/test_costs_forms.py tests/test_prep.py)
+       tests/test_launch_container.py tests/test_launch_down.py tests/test_costs_forms.py tests/test_prep.py
+       tests/test_plan_command.py)
 failed=0
 
 run() { # NAME COMMAND-PREFIX ...
@@ -42,7 +43,8 @@ run() { # NAME COMMAND-PREFIX ...
 # All conditions at once: a test that fails under one of them also fails here. A shell starts what is in its background
 # with SIGINT ignored.
 umask 077
-odd=(bash -c 'trap "" INT; exec setsid --wait nohup "$@"' bash env TZ=Asia/Kathmandu LANG=C LC_ALL=C)
+odd=(bash -c 'trap "" INT; exec setsid --wait nohup "$@"' bash env TZ=Asia/Kathmandu LANG=C LC_ALL=C
+     COLUMNS=40 LINES=10 FORCE_COLOR=1)
 
 if [ "${1:-}" = short ]; then
   files=("${short[@]}")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tests.sky_command import SkyCommand
 
 REPOSITORY = Path(__file__).parent.parent
+# The width and colours of whoever starts the tests would change what commands print.
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE"):
+    os.environ.pop(_name, None)
+
 S3_HOST = pytest.StashKey()
 LONGEST = """
     test_train test_chat test_launch_node test_stop_life test_distil test_anneal test_finetune test_evaluate test_dpo
