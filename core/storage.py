@@ -134,14 +134,8 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
 
     def fill(start: int, end: int) -> memoryview:
         def read(store: Store, key: str) -> memoryview:
-            if isinstance(store, local.LocalStore):
-                _check_length(store.fill(key, start, buffer[start:end]), end - start)
-                meter.count(store, reads=1, read_bytes=end - start)
-                return buffer[start:end]
-            at = start
-            for piece in _get(store, key, start, end):
-                buffer[at : at + len(piece)] = piece
-                at += len(piece)
+            _check_length(store.fill(key, start, buffer[start:end]), end - start)
+            meter.count(store, reads=1, read_bytes=end - start)
             return buffer[start:end]
 
         return retries.call(uri, "read", read)

@@ -213,6 +213,8 @@ def test_large_objects_come_and_go_in_parts(base: str, tmp_path: Path, monkeypat
     assert storage.read_bytes(uri) == data
     found = memoryview(bytearray(len(data)))
     assert b"".join(storage.read_into(uri, found)) == data
+    with pytest.raises(StorageError, match=r"got \d+ of \d+ bytes"):
+        list(storage.read_into(uri, memoryview(bytearray(len(data) + 1))))
     assert storage.download(uri, tmp_path / "copy", hashlib.sha256(data).hexdigest()) == len(data)
     assert storage.write_file(uri, tmp_path / "copy") == len(data)
     assert storage.read_range(uri, 1, 12 << 20) == data[1 : 12 << 20]

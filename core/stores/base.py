@@ -45,6 +45,9 @@ class Store(Protocol):
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
         """The number of bytes in [start, end) that the object has, and these bytes in pieces."""
 
+    def fill(self, key: str, start: int, target: memoryview) -> int:
+        """Read the bytes from `start` on into `target`. Returns how many bytes the object had for it."""
+
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
         """The bytes of each range. Neighbouring ranges may share a request."""
 
@@ -77,6 +80,17 @@ class Store(Protocol):
 
         Returns whether the request can be repeated.
         """
+
+
+def copy_into(target: memoryview, pieces: Iterable[Buffer]) -> int:
+    """Copy pieces into `target`, one after the other. Returns their length, which may be more or less than fits."""
+    at = 0
+    for piece in pieces:
+        target[at : at + len(piece)] = memoryview(piece)[: len(target) - at]
+        at += len(piece)
+        if at > len(target):
+            break
+    return at
 
 
 # --- patterns over keys ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
 from core.errors import ConfigError, StorageError
-from core.stores.base import Buffer, Found, Terms, matching
+from core.stores.base import Buffer, Found, Terms, copy_into, matching
 
 TIMEOUT_SECONDS = 60.0
 # These revisions may contain slashes, as in huggingface_hub. In other revisions, a slash must be written as %2F.
@@ -140,6 +140,9 @@ class HubStore:
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
         end = self.size(key) if end is None else end
         return end - start, (read_range(key, start, end) for _ in range(end > start))
+
+    def fill(self, key: str, start: int, target: memoryview) -> int:
+        return copy_into(target, self.get(key, start, start + len(target))[1])
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return [read_range(key, start, end) for start, end in ranges]

@@ -38,7 +38,6 @@ class LocalStore:
         return count, _chunks(path, start, end)
 
     def fill(self, key: str, start: int, target: memoryview) -> int:
-        """Read the bytes from `start` on into `target`, without a copy. Returns their number."""
         with path_of(key).open("rb", buffering=0) as file:
             file.seek(start)
             got = 0

@@ -15,7 +15,7 @@ from obstore.store import MemoryStore
 
 from core.errors import StorageError
 from core.stores import faults
-from core.stores.base import Buffer, Found, Terms, matching
+from core.stores.base import Buffer, Found, Terms, copy_into, matching
 
 CONNECT_SECONDS = 10
 # A request fails if no byte arrives for this many seconds. No byte arrives while a part is uploaded, so uploads have a
@@ -34,6 +34,9 @@ PIECE_BYTES = 1 << 20
 # Downloads of up to this size are returned in one piece, which is less work for obstore. The parts of a parallel read
 # (core.storage.READ_PART_BYTES) have this size.
 WHOLE_BYTES = 16 << 20
+# Bytes per piece of a download that is copied into the reader's memory. Larger pieces would take new pages from the
+# kernel each time.
+COPIED_BYTES = 256 << 10
 # Ranges with at most this gap share a request: reading a megabyte too much is faster than another request.
 GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
@@ -111,6 +114,10 @@ class RemoteStore:
         if count <= WHOLE_BYTES:
             return count, iter([memoryview(result.bytes())])
         return count, iter(result.stream(PIECE_BYTES))
+
+    def fill(self, key: str, start: int, target: memoryview) -> int:
+        options = {"range": (start, start + len(target))}
+        return copy_into(target, obstore.get(self._store, key, options=options).stream(COPIED_BYTES))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         starts, ends = zip(*ranges, strict=True)

@@ -26,9 +26,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
     """
     if not 0 <= size <= untrusted.memory_bytes():
         raise CheckpointError(f"{uri}: its {size:,} bytes do not fit into the memory of this machine")
-    # np.empty would ask the kernel for huge pages. The kernel may have to move memory for them, which took a third of the
-    # transfer from a fast store.
-    data = np.frombuffer(bytearray(size), np.uint8)
+    data = np.empty(size, np.uint8)
     digest = xxh3_128()
     for part in storage.read_into(uri, memoryview(data)):
         digest.update(part)
