@@ -39,10 +39,13 @@ def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
         box=SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="bold",
         show_header=any(sheet.heads), show_footer=bool(sheet.foot),
     )  # fmt: skip
+    widths = _widths(sheet, width) if width else [None] * len(sheet.heads)
     for column, head in enumerate(sheet.heads):
         foot = sheet.foot[column] if sheet.foot else ""
         justify = "left" if column < sheet.words else "right"
-        found.add_column(Text(visible(head)), Text(visible(foot)), justify=justify, overflow="fold")
+        found.add_column(
+            Text(visible(head)), Text(visible(foot)), justify=justify, overflow="fold", width=widths[column]
+        )
     for row in sheet.rows:
         found.add_row(*(Text(visible(cell)) for cell in row), style=STYLES.get(row[0], ""))
     return found
@@ -73,18 +76,41 @@ def _without(row: Sequence[str], at: int) -> list[str]:
 
 
 def _least_width(sheet: Sheet) -> int:
-    """The width at which no word and no number is broken.
+    return _whole(_least(sheet))
 
-    Each column of the table takes three characters more than its text.
+
+def _widths(sheet: Sheet, width: int) -> list[int] | list[None]:
+    """The width of each column, so that the table fits and no word is broken. None if its text fits on one line each.
+
+    rich would narrow the widest column first, even within a word.
     """
+    full = [max(map(len, cells), default=0) for cells in _columns(sheet)]
+    widths = _least(sheet)
+    if _whole(full) <= width or _whole(widths) > width:
+        return [None] * len(widths)
+    for _ in range(width - _whole(widths)):
+        # The column that lacks most of its text gets the next character.
+        at = max(range(len(full)), key=lambda each: full[each] - widths[each])
+        widths[at] += 1
+    return widths
+
+
+def _whole(widths: Sequence[int]) -> int:
+    """The width of a table, in which each column takes three characters more than its text."""
+    return 1 + sum(width + 3 for width in widths)
+
+
+def _least(sheet: Sheet) -> list[int]:
+    """The width of each column at which no word and no number is broken."""
+    return [
+        max((len(word) for cell in cells for word in (cell.split() if column < sheet.words else [cell])), default=0)
+        for column, cells in enumerate(_columns(sheet))
+    ]
+
+
+def _columns(sheet: Sheet) -> list[list[str]]:
     rows = [row for row in (sheet.heads, *sheet.rows, sheet.foot) if row]
-    total = 1
-    for column in range(len(sheet.heads)):
-        cells = [row[column] for row in rows]
-        if column < sheet.words:
-            cells = [word for cell in cells for word in cell.split()]
-        total += max(map(len, cells), default=0) + 3
-    return total
+    return [[row[column] for row in rows] for column in range(len(sheet.heads))]
 
 
 def console() -> Console:

@@ -219,6 +219,13 @@ def test_tables_hold_at_eighty_columns(run, tmp_path):
         words = {word for row in (narrow.heads, *narrow.rows, narrow.foot) for cell in row for word in cell.split()}
         assert words <= set(shown.split())
     assert "a wider terminal adds USD/1B tokens" in render._narrowed(sheets[-2], 80).title
+    heads = ["segment", "started (UTC)", "machine", "ended", "USD/h"]
+    row = ["1", "2026-11-30 21:59:27", "this-machine demo", "killed (end: last heartbeat)", "22.32"]
+    for width in range(60, 110):
+        screen = io.StringIO()
+        Console(file=screen, width=width).print(render.terminal_table(tables.Sheet("", heads, [row], 4), width))
+        assert {"this-machine", "2026-11-30", "heartbeat)"} <= set(screen.getvalue().split())
+        assert max(map(len, screen.getvalue().splitlines())) <= width
     assert render._narrowed(sheets[-2], 400) == sheets[-2]
 
 
