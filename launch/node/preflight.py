@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from clouds import catalog, providers
 from clouds.base import Gpu
-from core import stop, storage
+from core import stop, storage, web
 from core.commands import run_within
 from core.run.folder import RunFolder
 from core.stores import aws
@@ -47,6 +46,7 @@ PROBE_BYTES = 16 << 20
 # Time limit of the all-reduce in seconds. It includes the first read of torch's 5 GB of libraries from disk. A GPU that
 # is not ready by then will not answer at all.
 ALL_REDUCE_SECONDS = 180.0
+CLOCK_SECONDS = 10.0
 
 
 @dataclass
@@ -192,17 +192,19 @@ def disk_speed() -> float:
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
     """The difference between this machine's clock and the object store's clock, accurate to a second.
 
-    It is computed from the Date header of an answer. None if the answer has no such header.
+    It is computed from the Date header of an answer. None if there is no answer, or none with such a header.
     """
     endpoint = aws.endpoint_of(environment)
     try:
-        with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
-            header = answer.headers["Date"]
+        header = web.fetch(endpoint or "https://s3.amazonaws.com", CLOCK_SECONDS)[0]["Date"]
     except urllib.error.HTTPError as error:  # the answer to a refused request has a Date header too
         header = error.headers["Date"]
-    except OSError:
+    except (OSError, ValueError):
         return None
-    return time.time() - parsedate_to_datetime(header).timestamp() if header else None
+    try:
+        return time.time() - parsedate_to_datetime(header).timestamp() if header else None
+    except ValueError:  # the header is not a date
+        return None
 
 
 def summary(report: PreflightReport) -> str:
