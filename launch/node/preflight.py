@@ -28,6 +28,7 @@ from clouds import catalog, providers
 from clouds.base import Gpu
 from core import stop, storage, web
 from core.commands import run_within
+from core.figures import counted
 from core.run.folder import RunFolder
 from core.stores import aws
 from launch.node import network
@@ -138,6 +139,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     Returns its figures, or one sentence about its failure.
     """
     ranks = network.ranks_per_node(environment)
+    who = f"{counted(ranks, 'process')} on the CPU" if rehearsal else counted(ranks, "GPU")
     # torchrun's option --standalone would resolve the host name, which may fail in a container.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
@@ -149,14 +151,14 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
         try:
             done = run_within(command, ALL_REDUCE_SECONDS, variables)
         except subprocess.TimeoutExpired:
-            return f"{ranks} GPUs did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
+            return f"{who} did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
         stop.hold_if_leaving()
         found = json.loads(answer.read_text()) if answer.exists() else None
         if found and "problem" in found:
             return found["problem"]
         if done.returncode or found is None:
             log.error("%s", done.stderr[-4000:])
-            return f"{ranks} GPUs could not all-reduce; the lines above say why"
+            return f"{who} could not all-reduce; the lines above say why"
         return found
 
 
