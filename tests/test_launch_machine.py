@@ -178,6 +178,7 @@ def test_faults_of_programs_are_no_reason_to_leave():
 )
 def test_an_all_reduce_that_fails_names_no_gpus_where_there_are_none(monkeypatch, rehearsal, ranks, who):
     def fails(command, seconds, variables):
+        assert f"--master-port={network.MASTER_PORT}" not in command, "another job may have torchrun's own port"
         return subprocess.CompletedProcess(command, 1, "", "the reason")
 
     def hangs(command, seconds, variables):
