@@ -15,7 +15,7 @@ from typing import Any
 
 from clouds import catalog
 from clouds.base import Billing, Cloud, Finding, Inventory, Leftover, MachineFacts, Offer, Ownership
-from core import secrets
+from core import secrets, web
 from core.errors import ConfigError
 from core.run.machine import Price
 from core.task import TaskSpec
@@ -25,6 +25,7 @@ KEYS = Path("~/.lambda_cloud/lambda_keys")
 # Lambda allows one request per second. SkyPilot uses the same key, so a request may need several attempts.
 ATTEMPTS = 6
 LONGEST_PAUSE_SECONDS = 30.0
+REQUEST_SECONDS = 30.0
 
 
 class LambdaLabs(Cloud):
@@ -120,8 +121,7 @@ def get(path: str, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(f"{API}/{path}", data, headers)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)["data"]
+            return json.loads(web.fetch(request, REQUEST_SECONDS)[1])["data"]
         except urllib.error.HTTPError as error:
             if error.code != 429 or attempt == ATTEMPTS:
                 raise

@@ -60,7 +60,7 @@ def duration(seconds: float | None) -> str:
 
 def counted(number: int, one: str) -> str:
     """1, "rank" → "1 rank"; 2000, "batch" → "2,000 batches"."""
-    return f"{number:,} {one}" + ("" if number == 1 else "es" if one.endswith("ch") else "s")
+    return f"{number:,} {one}" + ("" if number == 1 else "es" if one.endswith(("ch", "ss")) else "s")
 
 
 def quantity(number: float) -> str:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+from core import web
 from core.errors import ConfigError
 
 ACCEPTED = ", ".join(
@@ -57,8 +58,7 @@ def split(reference: str) -> tuple[str, str, str]:
 def _get(url: str) -> dict:
     request = urllib.request.Request(url, headers={"Accept": ACCEPTED})
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return json.load(answer)
+        return json.loads(web.fetch(request, SECONDS)[1])
     except urllib.error.HTTPError as error:
         challenge = error.headers.get("WWW-Authenticate", "")
         if error.code != 401 or not challenge.startswith("Bearer "):
@@ -66,8 +66,6 @@ def _get(url: str) -> dict:
         # Even a public image needs a token, which the registry gives without credentials.
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = urllib.parse.urlencode({k: fields[k] for k in ("service", "scope") if k in fields})
-        with urllib.request.urlopen(f"{fields['realm']}?{query}", timeout=SECONDS) as answer:
-            token = json.load(answer)["token"]
+        token = json.loads(web.fetch(f"{fields['realm']}?{query}", SECONDS)[1])["token"]
         request.add_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return json.load(answer)
+        return json.loads(web.fetch(request, SECONDS)[1])

@@ -1,6 +1,7 @@
 """The model before its first step, and the checkpoint with the lowest validation loss."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from core import storage
 from core.errors import CheckpointError
 from core.run import journal
 from core.run.folder import RunFolder
+from core.run.segment import SegmentLog
+from core.settings import loader
+from core.settings.training import PretrainConfig
 from tests import launching, models
 from trainer.checkpoint import layout
 from trainer.loop.evaluation import TrainingEvaluator
@@ -87,3 +91,31 @@ def test_old_checkpoints_are_removed_but_the_best():
     assert layout.to_remove(stored, 2, 0, kept=[6]) == [7, 5]
     assert layout.to_remove(stored, 2, 5, kept=[6]) == [7]
     assert layout.to_remove(stored, 2, 0) == [7, 6, 5]
+
+
+@pytest.mark.parametrize("kind", ["hellaswag", "sample"])
+def test_a_request_to_stop_ends_hellaswag_and_samples(kind, run_url: str, ranks, caplog):
+    """test_stop_life.py does this with the validation loss, in real processes."""
+    opened, reported, asked = open_weights(run_url, torch.device("cpu")), [], []
+    flags = [f"--train.{each}_every=0" for each in ("eval", "hellaswag", "sample") if each != kind]
+    flags += [f"--train.{kind}_every=1", "--train.sample_prompts=Once", "--train.sample_tokens=8"]
+    train = loader.load(PretrainConfig, [*flags, "--run.url=r", "--data.url=d"], {}).train
+    stage = SimpleNamespace(
+        settings=SimpleNamespace(train=train, batch=SimpleNamespace(tokens_per_step=1)),
+        encoding=opened.encoding,
+        ranks=ranks,
+        precision="auto",
+        steps=9,
+        as_prompt=str,
+        validation=lambda: None,
+    )
+    reporter = SimpleNamespace(metric=lambda kind, values: reported.append((kind, values["step"])))
+    rows = models.hellaswag_items(4)
+    evaluator = TrainingEvaluator(stage, ranks, opened.model, SegmentLog(), reporter, rows, lambda: bool(asked))
+    assert evaluator.due(1) == [kind]
+    assert evaluator.evaluate(1)
+    assert set(reported) == {(kind, 1)}
+    asked.append("SIGTERM")
+    assert not evaluator.evaluate(2)
+    assert set(reported) == {(kind, 1)}
+    assert "the evaluation of step 2 is cut off: the next segment repeats it" in caplog.text

@@ -13,6 +13,7 @@ from core.run.reader import read_run
 from costs.report import build
 from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
+from tests.patience import PATIENCE_SECONDS
 from trainer.synthesis import answers
 from trainer.synthesis.endpoint import _retry_after
 
@@ -87,7 +88,7 @@ def test_killed_it_goes_on_without_asking_again(tmp_path):
 
 
 def test_asked_to_stop_it_waits_for_what_is_in_flight(tmp_path):
-    write_prompts(tmp_path, 30)
+    write_prompts(tmp_path, 2000)  # so many that none is left to ask before a busy machine sends the signal
     with FakeEndpoint(faults=False, seconds_per_call=0.3) as endpoint:
         arguments = flags_of(endpoint, tmp_path)
         process = tuning.start_alone(MODULE, *arguments, environment={"OPENAI_API_KEY": KEY})
@@ -95,7 +96,28 @@ def test_asked_to_stop_it_waits_for_what_is_in_flight(tmp_path):
         process.send_signal(signal.SIGTERM)
         code, output = launching.finish(process)
     assert code == 33, output
-    assert len(answers.read_answers(str(tmp_path / "run")).rows) == sum(endpoint.prompts.values()) < 30
+    assert len(answers.read_answers(str(tmp_path / "run")).rows) == sum(endpoint.prompts.values()) < 2000
+
+
+def test_who_waits_for_a_slow_answer_shows_a_sign_of_life(tmp_path):
+    """A supervisor that saw none would take the machine for a bad one."""
+    write_prompts(tmp_path, 1)
+    file = tmp_path / "pulse"
+    signs = []
+
+    def says(body):
+        launching.wait_until(file.exists, process)
+        first = file.stat().st_mtime_ns
+        launching.wait_until(lambda: file.stat().st_mtime_ns > first, process)
+        signs.append(first)
+
+    with FakeEndpoint(faults=False, says=says) as endpoint:
+        arguments = flags_of(endpoint, tmp_path, f"--endpoint.timeout_seconds={PATIENCE_SECONDS}")
+        environment = {"OPENAI_API_KEY": KEY, "PULSE_FILE": str(file)}
+        process = tuning.start_alone(MODULE, *arguments, environment=environment)
+        code, output = launching.finish(process)
+    assert code == 0, output
+    assert len(signs) == 1
 
 
 def spent(tmp_path) -> float:

@@ -138,6 +138,22 @@ def test_a_request_to_stop_before_the_container_runs(node, tmp_path, call):
     assert not [line for line in node.calls() if line.startswith("run ")]
 
 
+def test_set_ups_that_begin_in_one_second_have_records_of_their_own(node, tmp_path):
+    """Two machines may give this shell the same process id."""
+    (tmp_path / "sudo").write_text("#!/bin/sh\n")
+    (tmp_path / "date").write_text("#!/bin/sh\necho 20261130T120000Z\n")
+    (tmp_path / "python3").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n')
+    for name in ("sudo", "date", "python3"):
+        (tmp_path / name).chmod(0o755)
+    rented = {"SKYPILOT_CLUSTER_INFO": "{}", "USD_PER_HOUR": "2", "IMAGE": "i"}
+    for _ in range(2):
+        process = node("image", "prep", **rented)
+        assert process.wait(PATIENCE_SECONDS) == 0, process.stdout.read()
+        (*_, asked) = (tmp_path / "asked").read_text().splitlines()
+        assert re.fullmatch("-m launch.node.arrival begin 20261130T120000Z-setup-[0-9a-f]{8}", asked)
+    assert len(set((tmp_path / "asked").read_text().splitlines())) == 2
+
+
 def test_time_is_accounted_from_the_end_of_the_job_before(node, tmp_path):
     """The program sees when its paid time began: the boot, or later, the end of the job before."""
     ended = int(time.time()) - 7

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 
 import pytest
 
@@ -169,6 +170,25 @@ def test_sick_gpus_are_named(environment, found, problem):
 def test_faults_of_programs_are_no_reason_to_leave():
     environment = {"NODE_XIDS": "NVRM: Xid (PCI:0000:10:1c): 31, pid=1, MMU Fault\nNVRM: Xid (PCI:0000:10:1c): 43, x"}
     assert preflight.gpu_problems(environment, [A100]) == []
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "ranks", "who"),
+    [(True, 2, "2 processes on the CPU"), (True, 1, "1 process on the CPU"), (False, 8, "8 GPUs"), (False, 1, "1 GPU")],
+)
+def test_an_all_reduce_that_fails_names_no_gpus_where_there_are_none(monkeypatch, rehearsal, ranks, who):
+    def fails(command, seconds, variables):
+        assert f"--master-port={network.MASTER_PORT}" not in command, "another job may have torchrun's own port"
+        return subprocess.CompletedProcess(command, 1, "", "the reason")
+
+    def hangs(command, seconds, variables):
+        raise subprocess.TimeoutExpired(command, seconds)
+
+    environment = {"RANKS_PER_NODE": str(ranks)}
+    monkeypatch.setattr(preflight, "run_within", fails)
+    assert preflight.all_reduce(environment, rehearsal) == f"{who} could not all-reduce; the lines above say why"
+    monkeypatch.setattr(preflight, "run_within", hangs)
+    assert preflight.all_reduce(environment, rehearsal).startswith(f"{who} did not finish a small all-reduce within ")
 
 
 def test_a_slow_link_and_a_wrong_clock_are_judged():

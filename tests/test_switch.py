@@ -81,6 +81,7 @@ def node(api, monkeypatch):
         service.items[f"{ROLE_PATH}node"] = json.dumps(KEYS)
         for name, value in {**environment, "AWS_ENDPOINT_URL_EC2": api.url}.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(switch, "METADATA_SECONDS", PATIENCE_SECONDS)
         yield service
 
 
@@ -200,6 +201,18 @@ def test_a_request_is_signed_as_botocore_signs_it():
     assert ours["authorization"].rpartition("Signature=")[2] == signer.signature(text, theirs)
 
 
+@pytest.mark.parametrize("kind", ["drip of headers", "drip with a length", "drip without", "cut", "no HTTP"])
+def test_an_answer_that_does_not_end_does_not_keep_a_silent_machine(node, api, tmp_path, kind):
+    """EC2 is not reached without the metadata service, so the machine is powered off."""
+    node.trouble += [kind] * 1000
+    process_id = start(tmp_path, metadata_seconds=0.3)
+    try:
+        wait_until((tmp_path / "off").exists)
+    finally:
+        stop(process_id)
+    assert not api.asked
+
+
 @pytest.mark.parametrize("may_terminate", [True, False])
 def test_a_silent_machine_is_terminated_or_else_powered_off(node, api, tmp_path, may_terminate):
     """The file as cloud-init starts it, with shorter times."""
@@ -244,10 +257,11 @@ def test_a_computer_that_no_cloud_rents_is_left_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists()
 
 
-def write(folder: Path, minutes: float = 0.002) -> None:
-    """A copy for this folder with shorter times, and a `shutdown` that makes a file."""
+def write(folder: Path, minutes: float = 0.002, metadata_seconds: float = PATIENCE_SECONDS) -> None:
+    """A copy for this folder with times for a test, and a `shutdown` that makes a file."""
     text = role.SWITCH.read_text()
     shorter = {"MINUTES": minutes, "GRACE_SECONDS": 0.1, "PAUSE_SECONDS": 0.1, "FOLDER": str(folder / "state")}
+    shorter["METADATA_SECONDS"] = metadata_seconds
     for name, value in shorter.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{name} = "))
         text = text.replace(line, f"{name} = {value!r}")
@@ -260,9 +274,9 @@ def on_node(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)}
 
 
-def start(folder: Path, minutes: float = 0.002) -> int:
+def start(folder: Path, minutes: float = 0.002, metadata_seconds: float = PATIENCE_SECONDS) -> int:
     """Start it. Returns the id of its session, in which it goes on."""
-    write(folder, minutes)
+    write(folder, minutes, metadata_seconds)
     subprocess.run([sys.executable, folder / "switch.py"], env=on_node(folder), check=True)
     lock = f"{folder}/state/lock"
     for path in Path("/proc").glob("[0-9]*/fd/*"):

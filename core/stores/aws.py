@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from core import web
 from core.stores import faults
 from core.stores.base import Terms
 
@@ -96,8 +97,7 @@ class Place:
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
         request = urllib.request.Request(address, method="HEAD")
         try:
-            with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
-                return answer.headers["x-amz-bucket-region"]
+            return web.fetch(request, LOOK_UP_SECONDS)[0]["x-amz-bucket-region"]
         except urllib.error.HTTPError as error:  # the region is in the headers of a refusal or a redirect, too
             return error.headers["x-amz-bucket-region"]
         except (OSError, ValueError):

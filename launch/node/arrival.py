@@ -75,9 +75,7 @@ def _put(endpoint, region, name, key, body, keys):
     url = f"{server}/{urllib.parse.quote(f'{name}/{key}', safe='/-_.~')}"
     now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     headers = switch.signed(url, region, body, keys, now, "PUT", "s3")
-    request = urllib.request.Request(url, body.encode(), headers, method="PUT")
-    with urllib.request.urlopen(request, timeout=switch.REQUEST_SECONDS):
-        pass
+    switch.text_of(urllib.request.Request(url, body.encode(), headers, method="PUT"), switch.REQUEST_SECONDS)
 
 
 def first(names):

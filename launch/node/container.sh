@@ -124,7 +124,8 @@ live() {
 live_no_more() { [ -z "$PULSE" ] || kill "$PULSE" 2>/dev/null || true; }
 
 # Records for the cap, on the first of the nodes, that this machine is paid for, until a program of ours records it.
-ATTEMPT=$(date -u +%Y%m%dT%H%M%SZ)-setup-$$
+# Two machines may start in the same second, with the same ids of processes.
+ATTEMPT=$(date -u +%Y%m%dT%H%M%SZ)-setup-$(od -An -N4 -tx4 /dev/urandom | tr -d ' ')
 arrive() { # begin, or end: the set-up has failed
   [ -n "${SKYPILOT_CLUSTER_INFO:-}" ] && [ -n "${BUCKET:-}" ] && [ "${SKYPILOT_SETUP_NODE_RANK:-0}" = 0 ] || return 0
   [ -n "${USD_PER_HOUR:-}${USD_PER_HOUR_AT_MOST:-}" ] || return 0

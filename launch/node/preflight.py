@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,9 @@ from pathlib import Path
 
 from clouds import catalog, providers
 from clouds.base import Gpu
-from core import stop, storage
+from core import stop, storage, web
 from core.commands import run_within
+from core.figures import counted
 from core.run.folder import RunFolder
 from core.stores import aws
 from launch.node import network
@@ -47,6 +47,7 @@ PROBE_BYTES = 16 << 20
 # Time limit of the all-reduce in seconds. It includes the first read of torch's 5 GB of libraries from disk. A GPU that
 # is not ready by then will not answer at all.
 ALL_REDUCE_SECONDS = 180.0
+CLOCK_SECONDS = 10.0
 
 
 @dataclass
@@ -138,6 +139,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     Returns its figures, or one sentence about its failure.
     """
     ranks = network.ranks_per_node(environment)
+    who = f"{counted(ranks, 'process')} on the CPU" if rehearsal else counted(ranks, "GPU")
     # torchrun's option --standalone would resolve the host name, which may fail in a container.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
@@ -149,14 +151,14 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
         try:
             done = run_within(command, ALL_REDUCE_SECONDS, variables)
         except subprocess.TimeoutExpired:
-            return f"{ranks} GPUs did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
+            return f"{who} did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
         stop.hold_if_leaving()
         found = json.loads(answer.read_text()) if answer.exists() else None
         if found and "problem" in found:
             return found["problem"]
         if done.returncode or found is None:
             log.error("%s", done.stderr[-4000:])
-            return f"{ranks} GPUs could not all-reduce; the lines above say why"
+            return f"{who} could not all-reduce; the lines above say why"
         return found
 
 
@@ -192,17 +194,19 @@ def disk_speed() -> float:
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
     """The difference between this machine's clock and the object store's clock, accurate to a second.
 
-    It is computed from the Date header of an answer. None if the answer has no such header.
+    It is computed from the Date header of an answer. None if there is no answer, or none with such a header.
     """
     endpoint = aws.endpoint_of(environment)
     try:
-        with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
-            header = answer.headers["Date"]
+        header = web.fetch(endpoint or "https://s3.amazonaws.com", CLOCK_SECONDS)[0]["Date"]
     except urllib.error.HTTPError as error:  # the answer to a refused request has a Date header too
         header = error.headers["Date"]
-    except OSError:
+    except (OSError, ValueError):
         return None
-    return time.time() - parsedate_to_datetime(header).timestamp() if header else None
+    try:
+        return time.time() - parsedate_to_datetime(header).timestamp() if header else None
+    except ValueError:  # the header is not a date
+        return None
 
 
 def summary(report: PreflightReport) -> str:

@@ -27,6 +27,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -197,9 +198,29 @@ def metadata(path):
 
 def direct(request):
     """The answer to a request that uses no proxy, because the metadata service is local to the machine."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=METADATA_SECONDS) as answer:
-        return answer.read().decode()
+    return text_of(request, METADATA_SECONDS, urllib.request.build_opener(urllib.request.ProxyHandler({})).open)
+
+
+def text_of(request, seconds, open_url=urllib.request.urlopen):
+    """The text of the answer. Raises OSError if it is not complete after `seconds`, and the errors of `open_url`.
+
+    The limit of `open_url` applies to each read, so an answer of a byte a second would keep this machine forever.
+    """
+    found = {}
+
+    def ask():
+        try:
+            with open_url(request, timeout=seconds) as answer:
+                found["text"] = answer.read().decode()
+        except Exception as error:
+            found["error"] = error
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    if "text" in found:
+        return found["text"]
+    raise found.get("error") or OSError(f"no answer within {seconds:g} s")
 
 
 def is_on_aws():
@@ -236,9 +257,7 @@ def ec2(action):
     body = urllib.parse.urlencode(sorted(query.items()))
     url = endpoint() or f"https://ec2.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
     headers = signed(url, region, body, role_keys(), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
-    request = urllib.request.Request(url + "/", body.encode(), headers)
-    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
-        return answer.read().decode()
+    return text_of(urllib.request.Request(url + "/", body.encode(), headers), REQUEST_SECONDS)
 
 
 def endpoint():
@@ -299,10 +318,7 @@ def lambda_api(path, body=None):
         pairs = dict(line.strip().split(" = ", 1) for line in file if " = " in line)
     headers = {"Authorization": "Bearer " + pairs["api_key"], "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(LAMBDA + path, data, headers), timeout=REQUEST_SECONDS
-    ) as answer:
-        return json.loads(answer.read().decode())["data"]
+    return json.loads(text_of(urllib.request.Request(LAMBDA + path, data, headers), REQUEST_SECONDS))["data"]
 
 
 def say(text):

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core import stop, storage
+from core import pulse, stop, storage
 from core.console import Progress, progress
 from core.data import sets
 from core.errors import ConfigError, EndpointError, LauncherError
@@ -100,12 +100,14 @@ class Maker:
         stop.allow(stop.own_seconds())
         waiting = list(self._todo())  # a list, so that a prompt declined from now on is not asked again
         todo = iter(waiting)
+        life = asyncio.create_task(_show_life())
         try:
             async with EndpointClient(settings.endpoint, settings.make, self.budget, self._key) as client:
                 with progress("answers", len(waiting), "answers") as bar:
                     await asyncio.gather(*(self._work(client, todo, bar) for _ in range(settings.endpoint.concurrency)))
             await self._decide_unclear()
         finally:
+            life.cancel()
             self._log.close()
 
     def verdict(self) -> int:
@@ -289,6 +291,13 @@ class Maker:
             "usd": reply.usd,
             "row": {"messages": messages, "provenance": provenance},
         }
+
+
+async def _show_life() -> None:
+    """Show the supervisor of a node that this program waits for answers. Each call and each pause has a time limit."""
+    while True:
+        pulse.beat()
+        await asyncio.sleep(pulse.EVERY_SECONDS)
 
 
 def _host(settings: SynthesisConfig) -> str:
