@@ -17,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,18 +168,19 @@ def show_stored(url: str) -> int:
     for attempt in attempts:
         print(f"--- {output.visible(attempt)}")
         for events, problems in journal.stream(storage.join(folder, attempt)):
-            sys.stdout.write("".join(_shown(event) + "\n" for event in events))
+            hide = secrets.scrubber()  # `scrub` would read the environment for each line, which takes most of the time
+            sys.stdout.write("".join(_shown(event, hide) + "\n" for event in events))
             for problem in problems:
                 print(f"warning: {output.visible(problem)}", file=sys.stderr)
     return 0
 
 
-def _shown(event: Mapping[str, Any]) -> str:
+def _shown(event: Mapping[str, Any], hide: Callable[[str], str]) -> str:
     """A stored line with its time (UTC) before it. If the line begins with a time already, none is added.
 
-    Terminal control characters are escaped.
+    Terminal control characters are escaped. `hide` hides secrets.
     """
-    line = output.visible(secrets.scrub(str(event.get("line", ""))))
+    line = output.visible(hide(str(event.get("line", ""))))
     if _TIMED.match(line):
         return line
     time = timeline.moment(event.get("time"))

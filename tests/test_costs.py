@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,62 @@ def test_a_clock_that_jumps_or_runs_backwards_makes_no_time(tmp_path: Path):
     text = " ".join(report.notes)
     for part in ("its clock went backwards", "starts 10.0 s before", "books 40.0 s", "its clock was set by -3600 s"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("zone", "begin", "hours"),
+    [
+        ("UTC", "2026-12-31T22:30", {"2026-12-31": 1.5, "2027-01-01": 2.5}),
+        ("UTC", "2028-02-28T23:00", {"2028-02-28": 1.0, "2028-02-29": 24.0, "2028-03-01": 1.0}),
+        ("Europe/Berlin", "2026-10-25T00:00", {"2026-10-25": 3.0}),  # its clock goes back an hour on this day
+        ("America/New_York", "2029-12-31T22:30", {"2029-12-31": 1.5, "2030-01-01": 2.5}),
+    ],
+)
+def test_days_are_those_of_the_calendar_in_utc(zone: str, begin: str, hours: dict, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        run, first = GoldenRun(tmp_path), datetime.fromisoformat(f"{begin}+00:00").timestamp()
+        starts = [first + 600 * number for number in range(int(6 * sum(hours.values())))]
+        run.segment(1, first, [span(start, start + 600, init=600.0) for start in starts], usd_per_hour=2.0)
+        report = report_on(run, first + 7 * 86400)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert {line.name: (line.seconds / 3600, line.usd) for line in report.by["day"]} == {
+        day: (count, 2 * count) for day, count in hours.items()
+    }
+
+
+def test_the_work_of_a_report_grows_no_faster_than_its_segments(tmp_path: Path):
+    """Counts calls of functions, because a time would depend on the machine's load."""
+
+    def calls(segments: int) -> int:
+        run = GoldenRun(tmp_path / str(segments))
+        for number in range(1, segments + 1):
+            start = NOON + 600 * number
+            run.segment(number, start, [span(start, start + 300, train=300.0)], usd_per_hour=2.0)
+        count = 0
+
+        def called(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            report = report_on(run, NOON + 600 * (segments + 2))
+            render.as_json([report])
+            render.render(report)
+        finally:
+            sys.setprofile(before)
+        assert report.total.usd == pytest.approx(segments / 6, abs=0.005)
+        return count
+
+    calls(1)  # imports and caches
+    few, twice, four_times = calls(40), calls(80), calls(160)
+    # Zero for work in proportion to the segments. One call for each pair of segments gives 6 * 40².
+    assert four_times - 3 * twice + 2 * few < 3 * 40**2
 
 
 def test_half_written_and_foreign_objects_cost_only_themselves(tmp_path: Path):

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from clouds import ec2
 from clouds.aws import Aws
 from clouds.base import LABEL, Inventory, Ownership
-from core import storage
+from core import secrets, storage
 from core.errors import ObjectNotFound, RunError
 from core.run import journal
 from launch import runs
@@ -223,6 +223,21 @@ def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):
     assert shown.index("first") < shown.index("20260102T000000Z") < shown.index("second")
     with pytest.raises(ObjectNotFound, match="no machine has written output yet"):
         runs.show_stored(str(tmp_path / "elsewhere"))
+
+
+def test_a_stored_log_hides_keys_and_reads_the_environment_once_per_object(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "a-secret-of-this-user")
+    kept = journal.Journal(str(tmp_path / "logs" / "20260101T000000Z-node-000"))
+    for number in range(1000):
+        kept.add({"time": 0.0, "line": f"{number} a-secret-of-this-user \x1b[2J"})
+    kept.close()
+    made = []
+    whole = secrets.scrubber
+    monkeypatch.setattr(secrets, "scrubber", lambda: made.append(1) or whole())
+    runs.show_stored(str(tmp_path))
+    shown = capsys.readouterr().out.splitlines()[1:]
+    assert shown == [f"00:00:00 {number} *** \\x1b[2J" for number in range(1000)]
+    assert len(made) == 1
 
 
 # --- variables ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """core.output: what is behind standard output (an old encoding, a full disk, `| head`) does not end a program badly."""
 
+import json
 import os
 import subprocess
 import sys
@@ -88,3 +89,21 @@ def test_a_large_log_is_shown_object_by_object(tmp_path, monkeypatch):
     assert next(shown) == ([{"n": 0}], [])
     writer.close()  # one object replaces the six
     assert list(shown) == [([{"n": number} for number in range(1, 6)], [])]
+
+
+def test_the_first_lines_of_a_large_log_need_no_other(tmp_path):
+    """`make logs FROM=bucket | head` ends at once and well. The last object would give a warning if it was read."""
+    folder = tmp_path / "logs" / "20260101T000000Z-node-000"
+    folder.mkdir(parents=True)
+    line = json.dumps({"time": 0.0, "line": "step " * 40}) + "\n"
+    for first in range(0, 10_000, 1000):
+        (folder / f"{first:08d}-{first + 999:08d}.jsonl").write_text(line * 1000)
+    (folder / "00010000-00010000.jsonl").write_text("no JSON\n")
+    command = [sys.executable, "-m", "launch.runs", "logs", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        shown = [process.stdout.readline() for _ in range(2)]
+        process.stdout.close()
+        said = process.stderr.read()
+        code = process.wait(PATIENCE_SECONDS)
+    assert shown == [b"--- 20260101T000000Z-node-000\n", b"00:00:00 " + b"step " * 40 + b"\n"]
+    assert (said, code) == (b"", 0)

@@ -1,12 +1,15 @@
 """What a step is watched by: norms and activations, slow ranks, trackers, the picture on a terminal."""
 
 import gzip
+import itertools
 import json
 import os
 import pty
 import re
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from core.run.segment import SegmentLog
 from core.settings.model import ModelConfig
 from core.settings.training import OptimizerConfig
 from tests import corpus, launching, warm
+from tests.patience import PATIENCE_SECONDS
 from trainer.distributed import process_group
 from trainer.loop import trackers
 from trainer.loop.health import SlowRanks, StepNorms
@@ -89,6 +93,12 @@ def test_an_exchange_between_ranks_is_a_sign_of_life(ranks, tmp_path, monkeypatc
         assert (tmp_path / "pulse").exists()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A tracker's library takes long to import and to end on a busy machine."""
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", PATIENCE_SECONDS)
+
+
 def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):
     got = []
 
@@ -111,6 +121,20 @@ def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "train.trackers: mlflow fails and gets no more metrics (OSError: no route to its server)"
     ]
+
+
+def test_a_tracker_that_does_not_end_is_named_and_not_waited_for(monkeypatch, caplog):
+    ends = threading.Event()
+    monkeypatch.setattr(trackers, "_KINDS", {"wandb": lambda run: (lambda step, values: None, ends.wait)})
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.05)
+    sender = trackers.Trackers(("wandb",), "run", {}, "1a")
+    sender.add("train", {"step": 1, "loss": 2.5})
+    sender.close()
+    assert [record.message for record in caplog.records] == [
+        "train.trackers: wandb has not taken the last metrics within 0.05 s and may lack them; the run's folder has "
+        "all metrics"
+    ]
+    ends.set()
 
 
 def test_a_tracker_that_is_not_installed_is_said(monkeypatch, caplog):
@@ -215,15 +239,23 @@ def test_wandb_gets_the_metrics_of_every_segment(tmp_path, monkeypatch):
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     _in_two_segments("wandb")
+
+    def records() -> list[list]:
+        files = sorted(tmp_path.rglob("*.wandb"))
+        return [[Record.FromString(data) for data in _log_entries(path.read_bytes())] for path in files]
+
+    # A process of W&B writes the files, and `finish` does not wait for it when it is offline.
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not all(file and file[-1].HasField("exit") for file in records()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     found = []
-    for path in sorted(tmp_path.rglob("*.wandb")):
-        for data in _log_entries(path.read_bytes()):
-            record = Record.FromString(data)
-            values = {item.nested_key[0] or item.key: item.value_json for item in record.history.item}
-            if record.HasField("run"):
-                assert (record.run.run_id, record.run.display_name) == ("1a", "first")
-            if values:
-                found.append((int(values["step"]), float(values["train/loss"])))
+    for record in itertools.chain.from_iterable(records()):
+        values = {item.nested_key[0] or item.key: item.value_json for item in record.history.item}
+        if record.HasField("run"):
+            assert (record.run.run_id, record.run.display_name) == ("1a", "first")
+        if values:
+            found.append((int(values["step"]), float(values["train/loss"])))
     assert found == [(step, 7.0 - step) for step in (1, 2, 3, 4, 5, 4, 5, 6)]
 
 

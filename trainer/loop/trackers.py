@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,10 +110,19 @@ class Trackers:
 
     def close(self) -> None:
         """Send the metrics that still wait, for at most CLOSE_SECONDS."""
-        if self._kinds:
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=CLOSE_SECONDS)
-            self._thread.join(CLOSE_SECONDS)
+        if not self._kinds:
+            return
+        until = time.monotonic() + CLOSE_SECONDS
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning(
+                "train.trackers: %s has not taken the last metrics within %g s and may lack them; the run's folder has "
+                "all metrics",
+                " or ".join(self._kinds),
+                CLOSE_SECONDS,
+            )
 
     def _work(self) -> None:
         open_ones = {}
