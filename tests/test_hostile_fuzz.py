@@ -34,6 +34,7 @@ from trainer.checkpoint import blocks, layout
 from trainer.data.cache import ShardCache
 from trainer.inference import protocol
 from trainer.inference.chat_model import ChatModel
+from trainer.inference.choose import choose
 from trainer.weights.open import open_weights
 
 LATER = NOON + 86400
@@ -241,6 +242,7 @@ class Words:
 
 BODIES = (
     {"model": "m", "prompt": ["Once", [1, 2]], "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3, "n": 2},
+    {"model": "m", "prompt": "a", "repetition_penalty": 1.1, "min_p": 0.1, "top_k": 3},
     {"model": "m", "prompt": "a", "stop": ["x", "y"], "logprobs": 3, "stream": True, "stream_options": {"a": True}},
     {
         "model": "m",
@@ -273,7 +275,8 @@ def test_bodies_of_requests(times: int):
             json.dumps(error.body)
             return
         for request in found.requests:
-            assert 0 <= request.sampling.temperature < 1e19
+            logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(chance.randrange(99)))
+            assert 0 <= choose(logits, [request.sampling], [chance.random()], [range(8)])[0] < 8
 
     every_seed(times, check)
     assert refusals <= {400, 404}
