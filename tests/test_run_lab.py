@@ -105,7 +105,6 @@ def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path)
     money.finishes(money.start())
     assert money.said.count("preparation: sky/prep-data.yaml") <= 1
     assert money.said.count("training: sky/pretrain-8xa100.yaml") == 1
-    assert money.course() == ["000001.json"]
     usd = money.bill(USD_PER_HOUR)
     assert usd <= money.usd
     # Besides, what the machine took less than the reserve to go.
