@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.sky_command import SkyCommand
 
 REPOSITORY = Path(__file__).parent.parent
-# The width and colours of whoever starts the tests would change what commands print.
+# These variables of the terminal change what commands print.
 for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE"):
     os.environ.pop(_name, None)
 

