@@ -279,7 +279,7 @@ def _after(found: Found, record: MachineRecord, end: float, reached: float, segm
     idle = record.idle_seconds
     if record.end is not None and not record.exact and idle is not None:
         expected = idle + AUTOSTOP_TAKES_SECONDS
-        # Nobody recorded when the machine ended itself, so the rest of its time is the width of a range.
+        # The moment at which the machine ended itself is not recorded, so the rest of its time becomes a range.
         sure = min(rest, max(0.0, idle - CHECK_SECONDS))
         if rest > expected + NOTICED_LATE_SECONDS:
             found.notes.append(

@@ -174,7 +174,7 @@ def test_a_request_while_the_trainer_is_imported(data_url, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_without_their_supervisor_save_and_end(data_url, tmp_path):
-    """As when the kernel kills it because memory is short. Nobody keeps the GPUs."""
+    """The kernel kills launch.node, for lack of memory. No process of it keeps the GPUs."""
     run = Run(str(tmp_path / "run"), [*FLAGS, f"--data.url={data_url}", f"--data.cache_dir={tmp_path}/cache"])
     endless = ["--train.steps=1000000", "--checkpoint.every_steps=1000000", "--train.log_every=1"]
     endless += ["--train.eval_every=0", "--train.hellaswag_every=0", "--train.sample_every=0"]
