@@ -109,6 +109,9 @@ class RemoteStore:
             return getattr(self, name)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
+        if end is not None and end - start <= WHOLE_BYTES:  # one call, without the object's metadata
+            data = memoryview(obstore.get_range(self._store, key, start=start, end=end))
+            return len(data), iter([data])
         result = obstore.get(self._store, key, options=None if end is None else {"range": (start, end)})
         count = result.range[1] - result.range[0]
         if count <= WHOLE_BYTES:
