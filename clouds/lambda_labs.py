@@ -126,7 +126,7 @@ def get(path: str, body: Mapping[str, Any] | None = None) -> Any:
             if error.code != 429 or attempt == ATTEMPTS:
                 raise
             asked = error.headers.get("Retry-After") or ""
-            pause = float(asked) if asked.isdigit() else 2.0 ** (attempt - 1) * random.uniform(1.0, 1.3)
+            pause = float(asked) if asked.isdecimal() else 2.0 ** (attempt - 1) * random.uniform(1.0, 1.3)
         time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
 
 

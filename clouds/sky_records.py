@@ -185,7 +185,7 @@ def _job_of(cluster: str) -> str | None:
     None if the name has another form.
     """
     name, _, number = cluster.rpartition("-")
-    return number if name and number.isdigit() else None
+    return number if name and number.isdecimal() else None
 
 
 def _of(resources: Any, name: str) -> Any:

@@ -160,7 +160,7 @@ def machine_choice(options: Sequence[str]) -> MachineChoice:
         found, _ = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; give --gpus NAME:COUNT or --num-nodes NUMBER") from None
-    if found.num_nodes is not None and not (found.num_nodes.isdigit() and int(found.num_nodes)):
+    if found.num_nodes is not None and not (found.num_nodes.isdecimal() and int(found.num_nodes)):
         raise ConfigError(f"--num-nodes is {found.num_nodes!r}, must be a whole number above 0")
     return MachineChoice(found.gpus, found.num_nodes and int(found.num_nodes), found.infra)
 
@@ -266,7 +266,7 @@ def _accelerators(path: str, value: Any) -> list[tuple[str | None, int]]:
     found = []
     for choice in choices:
         name, _, count = str(choice).partition(":")
-        if count and not count.strip().isdigit():
+        if count and not count.strip().isdecimal():
             raise ConfigError(f"{path}: resources.accelerators is {choice!r}, must be NAME or NAME:COUNT")
         found.append((name.strip(), int(count or 1)))
     return found

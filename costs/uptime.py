@@ -14,7 +14,7 @@ from clouds.providers import cloud_named
 from core import figures
 from core.run.journal import FLUSH_SECONDS
 from core.run.model import Run, Segment
-from core.run.paid import Paid
+from core.run.paid import ALIVE_FOR_SECONDS, ALIVE_SECONDS, Paid
 from costs.model import OutsideTime
 
 # A launcher asks for a machine's state from time to time, so it notices the end of the machine up to this many seconds
@@ -42,6 +42,17 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class End:
+    """The times (unix s) at which a segment's program ended and its machine was last known to be up.
+
+    `alive` is None unless the machine gave signs of life after the program, and no more when it was kept up on purpose.
+    """
+
+    program: float | None
+    alive: float | None = None
+
+
 def outside_times(
     run: Run,
     records: Iterable[MachineRecord],
@@ -58,7 +69,7 @@ def outside_times(
     found.more_seconds = {
         number: seconds
         for number, seconds in unheard(run, now).items()
-        if ends[number] == run.segments[numbers[number]].ended_at
+        if ends[number].program == run.segments[numbers[number]].ended_at
     }
     used: list[MachineRecord] = []
     for record in sorted(records, key=lambda each: each.start):
@@ -97,13 +108,21 @@ def unheard(run: Run, now: float) -> dict[int, float]:
     }
 
 
-def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, float | None]:
-    """The end of each segment's program, by segment number. After a kill, the node may have recorded a later end."""
+def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, End]:
+    """The end of each segment's program and machine, by segment number.
+
+    After a kill, the node may have recorded a later end of the program.
+    """
     known = {}
     for segment in segments:
-        own = [each.ended_at for each in attempts if each.ended_at is not None and each.is_in([segment])]
-        ended = [segment.ended_at, *own] if segment.end is None and segment.spans else [segment.ended_at]
-        known[segment.number] = max((each for each in ended if each is not None), default=None)
+        own = [each for each in attempts if each.is_in([segment])]
+        ended = [segment.ended_at]
+        if segment.end is None and segment.spans:
+            ended += [each.ended_at for each in own]
+        last = max((each for each in ended if each is not None), default=None)
+        signs = [each.alive_at for each in own if each.alive_at is not None and last is not None]
+        signs = [sign for sign in signs if 0 < sign - last < ALIVE_FOR_SECONDS - CHECK_SECONDS]
+        known[segment.number] = End(last, max(signs, default=None))
     return known
 
 
@@ -182,7 +201,7 @@ def _around(
     end: float,
     inside: list[Segment],
     company: list[Segment],
-    ends: Mapping[int, float | None],
+    ends: Mapping[int, End],
     now: float,
 ) -> None:
     """Adds the outside time of a machine before, between and after its segments, if this run requested it."""
@@ -223,7 +242,7 @@ def _between(
     record: MachineRecord,
     end: float,
     users: list[tuple[Segment, bool]],
-    ends: Mapping[int, float | None],
+    ends: Mapping[int, End],
     now: float,
 ) -> None:
     own = [segment for segment, mine in users if mine]
@@ -242,13 +261,17 @@ def _between(
     for segment, mine in users:
         if reached is not None and segment.started_at > reached:
             found.times.append(OutsideTime("idle", reached, segment.started_at, record, own[0]))
-        ended = ends[segment.number] if mine else segment.ended_at
+        ended = ends[segment.number].program if mine else segment.ended_at
         if reached is None or ended >= reached:
             reached, last, last_is_own = ended, segment, mine
-    if mine_end := (ends[last.number] if last_is_own else None):
-        _unheard(found, record, last, min(mine_end, end))
+    known = ends[last.number] if last_is_own else End(None)
+    if known.program is not None:
+        _unheard(found, record, last, min(known.program, end))
     if not last.is_live(now):
-        _after(found, record, end, reached, last if last_is_own else own[-1], last)
+        if known.alive is not None and not record.exact:
+            _after_sign(found, record, end, reached, last, known.alive)
+        else:
+            _after(found, record, end, reached, last if last_is_own else own[-1], last)
         if billing and record.end is not None:
             _round_up(found, record, billing, own[-1])
 
@@ -257,6 +280,25 @@ def _unheard(found: Found, record: MachineRecord, segment: Segment, ended: float
     """Adds the time from the last heartbeat of a killed program to the end that its node recorded."""
     if ended > segment.ended_at:
         found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
+
+
+def _after_sign(
+    found: Found, record: MachineRecord, end: float, reached: float, segment: Segment, alive: float
+) -> None:
+    """Adds the time from the end of the last program, at `reached`, to the machine's end.
+
+    A machine ends soon after its last sign of life, unless its launcher still lists it.
+    """
+    latest = max(alive, min(end, alive + 2 * ALIVE_SECONDS))
+    if end - latest > NOTICED_LATE_SECONDS:
+        silence = f"{record.origin}: {record.cluster} {{}} {figures.duration(end - alive)} after its last sign of life"
+        if record.end is None:
+            latest = end
+            found.notes.append(f"{silence.format('is still listed')}; `sky status --refresh` asks the cloud")
+        else:
+            found.notes.append(f"{silence.format('was found gone')}, which is taken for its end")
+    time = OutsideTime("idle_until_down", reached, alive, record, segment, more_seconds=latest - alive)
+    found.times.append(time)
 
 
 def _after(found: Found, record: MachineRecord, end: float, reached: float, segment: Segment, last: Segment) -> None:
@@ -308,7 +350,7 @@ def _without_record(
     run: Run,
     used: list[MachineRecord],
     attempts: list[Paid],
-    ends: Mapping[int, float | None],
+    ends: Mapping[int, End],
     now: float,
 ) -> None:
     """Adds the time of machines that only the run's own folder records."""
@@ -317,10 +359,15 @@ def _without_record(
         return any(record.start <= at <= (now if record.end is None else record.end) for record in used)
 
     for segment in run.segments:
-        ended = ends[segment.number]
-        if ended is not None and ended > segment.ended_at and not is_covered(segment.ended_at):
-            record = _as_record(segment.machine.host or "?", segment.ended_at, ended, None)
+        ended, alive = ends[segment.number].program, ends[segment.number].alive
+        if ended is None or is_covered(segment.ended_at):
+            continue
+        record = _as_record(segment.machine.host or "?", segment.ended_at, alive or ended, None)
+        if ended > segment.ended_at:
             found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
+        if alive is not None:
+            more = 2 * ALIVE_SECONDS
+            found.times.append(OutsideTime("idle_until_down", ended, alive, record, segment, more_seconds=more))
     for each in attempts:
         if each.is_in(run.segments) or is_covered(each.seen_at) or any(_ran_at(s, each) for s in run.segments):
             continue

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
                 f"flag {argument}: unknown; known flags: {', '.join(f'--{k}={v}' for k, v in OPTIONS.items())}"
             )
     urls = urls or [url for url in [os.environ.get("DATA_URL")] if url]
-    numbers_are_whole = all(options[name].isdigit() for name in ("samples", "seed", "length"))
+    numbers_are_whole = all(options[name].isdecimal() for name in ("samples", "seed", "length"))
     if len(urls) != 1 or not numbers_are_whole or int(options["length"]) < 1:
         raise ConfigError("give one DATA_URL, and whole numbers: python -m data_prep.inspect DATA_URL --samples=3")
     url = urls[0]

@@ -130,11 +130,14 @@ def test_nodes_with_a_ledger_each_have_their_own_boot_and_end(tmp_path: Path):
     assert "1 of 3 nodes of gpt2 wrote no ledger" in " ".join(found.notes)
 
 
-def record_of_node(run: GoldenRun, name: str, host: str, start: float, seen: float, ended: float | None) -> None:
+def record_of_node(
+    run: GoldenRun, name: str, host: str, start: float, seen: float, ended: float | None, alive: float | None = None
+) -> None:
     document = {"started_at": start, "time": seen, "usd_per_hour": 36.0, "host": host}
     run.write(f"machines/{name}/start.json", json.dumps(document))
-    if ended:
-        run.write(f"machines/{name}/end.json", json.dumps({"time": ended}))
+    for kind, at in (("end", ended), ("alive", alive)):
+        if at:
+            run.write(f"machines/{name}/{kind}.json", json.dumps({"time": at}))
 
 
 def test_a_refused_machine_is_paid_and_one_without_an_end_is_a_range(tmp_path: Path):
@@ -198,6 +201,37 @@ def test_an_end_that_the_machine_itself_brought_about_is_a_range(tmp_path: Path)
     assert "was to end itself 2 min 00 s after its last job, and was found gone 1 h 00 min after it" in late.notes[0]
     exact = report(run, machine(NOON, NOON + 1150, idle_seconds=120.0, exact=True))
     assert amount(exact) == (11.50, 11.50, True)
+
+
+def test_signs_of_life_after_the_program_tell_when_the_machine_ended(tmp_path: Path):
+    """The last one, and less than two intervals of ten seconds more, whenever SkyPilot notices the end."""
+    run = used(tmp_path / "runs/a", (NOON, NOON + 1000))
+    record_of_node(run, "one", "a", NOON, NOON + 9, NOON + 1000, alive=NOON + 1100)
+    soon = report(run, machine(NOON, NOON + 1200, idle_seconds=120.0))
+    assert usd(soon) == {"train_kept": 10.00, "idle_until_down": 1.00}
+    assert (amount(soon), soon.notes) == ((11.00, 11.20, True), [])
+    assert amount(report(run, machine(NOON, NOON + 1105))) == (11.00, 11.05, True)
+    late = report(run, machine(NOON, NOON + 4600, idle_seconds=120.0))
+    assert amount(late) == (11.00, 11.20, True)
+    assert "gpt2 was found gone 58 min 20 s after its last sign of life, which is taken for its end" in late.notes[0]
+    assert amount(report(run, machine(NOON, NOON + 1150, exact=True))) == (11.50, 11.50, True), "the cloud knows better"
+    assert amount(report(run)) == (11.00, 11.20, True), "without SkyPilot"
+    listed = report(run, machine(NOON, None), now=NOON + 2000)
+    assert amount(listed) == (11.00, 20.00, True)
+    assert "gpt2 is still listed 15 min 00 s after its last sign of life" in listed.notes[0]
+
+
+def test_signs_of_life_after_a_kill_are_paid_too(tmp_path: Path):
+    run = used(tmp_path / "runs/a", (NOON, NOON + 1000), killed=True, cloud="lambda")
+    record_of_node(run, "one", "a", NOON, NOON + 9, None, alive=NOON + 1100)
+    found = report(run, machine(NOON, NOON + 1130, cloud="lambda"), clouds={})
+    assert amount(found) == (11.00, 11.80, True)  # two intervals, and a minute that is begun
+
+
+def test_a_machine_that_is_kept_up_gives_no_signs_after_an_hour(tmp_path: Path):
+    run = used(tmp_path / "runs/a", (NOON, NOON + 1000))
+    record_of_node(run, "one", "a", NOON, NOON + 9, NOON + 1000, alive=NOON + 4595)
+    assert amount(report(run, machine(NOON, NOON + 7000, exact=False))) == (70.00, 70.00, True)
 
 
 def test_a_machine_of_seconds_costs_the_first_minute(tmp_path: Path):

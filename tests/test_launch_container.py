@@ -81,12 +81,14 @@ def test_variables_go_by_name_and_empty_ones_do_not(node):
     assert line.endswith("pretrain-launcher:train python -m launch.node")
 
 
-def test_a_container_of_an_earlier_job_is_removed_first(node, tmp_path):
-    (tmp_path / "record.running").touch()
+def test_containers_of_an_earlier_job_are_removed_first(node, tmp_path):
+    docker = tmp_path / "docker"
+    docker.write_text(DOCKER.replace('[ -e "$RECORD.running" ] || exit 1', "true"))
     node("run", "train", "true").communicate()
     calls = node.calls()
-    remove = calls.index("rm -f pretrain-launcher")
-    assert remove < next(at for at, call in enumerate(calls) if call.startswith("run --rm"))
+    runs = next(at for at, call in enumerate(calls) if call.startswith("run --rm"))
+    assert calls.index("rm -f pretrain-launcher") < runs
+    assert calls.index("rm -f pretrain-launcher-alive") < runs
 
 
 def until(holds, process: subprocess.Popen) -> None:
@@ -252,3 +254,30 @@ def test_a_rented_machine_gets_the_switch_and_no_other(node, tmp_path):
         node("run", "train", "true", **given).communicate()
     started = [call for call in node.calls() if "switch.py" in call]
     assert started == ["sudo -n timeout -k 5 60 python3 launch/node/switch.py --ours 7"]
+
+
+# --- the time until the machine ends ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["exit 0", "exit 34", "kill -KILL $$"])
+def test_after_the_program_a_small_container_records_that_the_machine_is_up(node, tmp_path, program):
+    (tmp_path / "sudo").write_text("#!/bin/sh\n")
+    (tmp_path / "sudo").chmod(0o755)
+    rented = {"SKYPILOT_CLUSTER_INFO": "{}", "BUCKET_SECRET_ACCESS_KEY": "very-secret"}
+    node("run", "train", "true", PROGRAM=program, **rented).communicate()
+    calls = node.calls()
+    first = next(at for at, call in enumerate(calls) if call.startswith("run --rm"))
+    ((at, line),) = [(at, call) for at, call in enumerate(calls) if call.startswith("run --detach")]
+    assert at > first
+    assert "--name pretrain-launcher-alive" in line
+    assert line.endswith("pretrain-launcher:train python -m launch.node.alive")
+    words = line.split()
+    given = {words[at + 1] for at, word in enumerate(words) if word == "-e"}
+    assert {"RUN_URL", "SEGMENT_STARTED_AT", "BUCKET_SECRET_ACCESS_KEY"} <= given
+    assert "very-secret" not in line
+    assert "--gpus" not in line
+
+
+def test_a_computer_of_the_users_own_records_no_life(node):
+    node("run", "train", "true").communicate()
+    assert not [call for call in node.calls() if call.startswith("run --detach")]

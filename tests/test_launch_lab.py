@@ -250,4 +250,5 @@ def test_no_ending_leaves_a_machine(lab, data):
 
 def no_container(lab: Lab, cluster: str) -> bool:
     (instance,) = lab.instances(cluster) or [None]
-    return instance is None or "pretrain-launcher" not in lab.control("ssh", instance["id"], "docker", "ps")
+    command = ("docker", "ps", "--format", "{{.Names}}")
+    return instance is None or "pretrain-launcher" not in lab.control("ssh", instance["id"], *command).split()

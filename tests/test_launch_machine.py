@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 
@@ -136,6 +137,14 @@ def test_efa_only_where_device_and_plugin_are(tmp_path, monkeypatch):
 def test_a_rank_without_an_address_is_refused():
     with pytest.raises(ConfigError, match="SKYPILOT_NODE_RANK is 1, but SKYPILOT_NODE_IPS has 1 addresses"):
         network.nodes({"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "1"})
+
+
+@pytest.mark.parametrize("text", ["one", "-1", "1.0", "²"])
+def test_a_rank_that_is_no_number_is_refused(text):
+    with pytest.raises(ConfigError, match=re.escape(f"SKYPILOT_NODE_RANK is {text!r}, must be the number of this")):
+        network.nodes({"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": text})
+    with pytest.raises(ConfigError, match=re.escape(f"RANKS_PER_NODE is {text!r}, must be a whole number")):
+        network.ranks_per_node({"RANKS_PER_NODE": text})
 
 
 # --- preflight -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     RUN_URL/machines/ATTEMPT/start.json     the time when its paid time began, and its price
     RUN_URL/machines/ATTEMPT/end.json       the time when its program ended; missing if it was killed
+    RUN_URL/machines/ATTEMPT/alive.json     the last time at which the machine was up after its program
     RUN_URL/machines/ATTEMPT/gone.json      the time when the machine was gone, if the cloud reported it
 
 A node that is refused, or whose program fails before it opens a segment, appears in no ledger. The time of such a
@@ -30,6 +31,10 @@ from core.storage import ObjectInfo
 STARTING_SECONDS = 1800.0
 # A segment and its machine have the same start. The tolerance is for the rounding in JSON.
 SAME_SECONDS = 1.5
+# After its program, a machine writes alive.json at this interval (launch/node/alive.py). A machine that is up longer
+# than the second number is kept up on purpose, and writes no more.
+ALIVE_SECONDS = 10.0
+ALIVE_FOR_SECONDS = 3600.0
 # Longest plausible time in seconds from a program's end to its machine's end. If it took longer, the machine did
 # something else meanwhile.
 LONGEST_SHUTDOWN_SECONDS = 900.0
@@ -64,13 +69,25 @@ class Paid:
     region: str = ""
     cluster: str = ""
     gone_at: float | None = None
+    alive_at: float | None = None
+
+    @property
+    def gone_at_most(self) -> float | None:
+        """The latest time at which the machine itself ended, None if unknown.
+
+        After the last sign of life, the machine may have been up for nearly two intervals: one until the next sign, and
+        one in which the store did not answer.
+        """
+        if self.gone_at is not None or self.alive_at is None:
+            return self.gone_at
+        return self.alive_at + 2 * ALIVE_SECONDS
 
     @property
     def shutdown_seconds(self) -> float:
-        """Seconds from the end of the program to the end of the machine, 0 if unknown."""
-        if self.gone_at is None or self.ended_at is None:
+        """Upper bound of the seconds from the end of the program to the end of the machine, 0 if unknown."""
+        if self.gone_at_most is None or self.ended_at is None:
             return 0.0
-        seconds = self.gone_at - self.ended_at
+        seconds = self.gone_at_most - self.ended_at
         return seconds if 0.0 < seconds <= LONGEST_SHUTDOWN_SECONDS else 0.0
 
     def end_at_most(self, now: float) -> float:
@@ -122,6 +139,11 @@ def begin(
 def end(folder: RunFolder, attempt: str) -> None:
     """Record that the machine's program has ended. Raises StorageError."""
     _write(storage.join(folder.machines, attempt, "end.json"), {"time": time.time()})
+
+
+def alive(folder: RunFolder, attempt: str) -> None:
+    """Record that the machine is still up after its program. Raises StorageError."""
+    _write(storage.join(folder.machines, attempt, "alive.json"), {"time": time.time()})
 
 
 def gone(folder: RunFolder, attempt: str, at: float) -> None:
@@ -182,6 +204,12 @@ def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[s
     return {name: machine for name, machine in zip(names, found, strict=True) if machine is not None}
 
 
+def attempt_at(folder: RunFolder, place: tuple[str | None, float]) -> str | None:
+    """The attempt of the machine with the given host and start, not of its set-up if possible. Raises StorageError."""
+    found = {name: each for name, each in machines(folder).items() if each.is_at(place)}
+    return min(found, key=lambda name: (found[name].is_setup, name), default=None)
+
+
 def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
     """The names of the attempts in a listing of the run, in order."""
     inside = f"{folder.machines}/"
@@ -224,8 +252,8 @@ def _read(folder: RunFolder, attempt: str) -> Paid | None:
         )
     except _UNUSABLE:
         return None
-    ended_at, gone_at = (_time(storage.join(place, name)) for name in ("end.json", "gone.json"))
-    return replace(found, ended_at=ended_at, gone_at=gone_at)
+    ended_at, gone_at, alive_at = (_time(storage.join(place, f"{name}.json")) for name in ("end", "gone", "alive"))
+    return replace(found, ended_at=ended_at, gone_at=gone_at, alive_at=alive_at)
 
 
 def _time(uri: str) -> float | None:

@@ -61,7 +61,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
             raise problem
         # int() is used where possible, because a float would round integers above 2**53.
         digits = str(text).replace("_", "")
-        return int(digits) if digits.lstrip("+-").isdigit() else int(number)
+        return int(digits) if digits.lstrip("+-").isdecimal() else int(number)
     except (ValueError, OverflowError):
         raise problem from None
 

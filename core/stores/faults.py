@@ -156,7 +156,7 @@ def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
     """The least number of seconds to wait before a retry, as the server asks, but at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
-        if headers and str(headers.get("Retry-After", "")).isdigit():
+        if headers and str(headers.get("Retry-After", "")).isdecimal():
             return min(float(headers["Retry-After"]), MAX_WAIT_SECONDS)
         # The Hugging Face Hub's format: `"api";r=0;t=55` means that no requests are left for 55 seconds.
         window = re.search(r"\br=0;\s*t=(\d+)", str(headers.get("RateLimit", ""))) if headers else None

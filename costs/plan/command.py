@@ -227,7 +227,7 @@ def _hours(text: str | None) -> float | None:
 
 
 def _days(text: str | None) -> int | None:
-    if text is None or text.isdigit():
+    if text is None or text.isdecimal():
         return None if text is None else int(text)
     raise ConfigError(f"--refuse-stale is {text!r}, must be a whole number of days")
 
@@ -254,7 +254,7 @@ def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
     matches = [
         kind for kind in kinds if kind.lower() == wanted.gpus.lower() or kind.partition(":")[0].lower() == name.lower()
     ]
-    if (separator and not count.isdigit()) or not (
+    if (separator and not count.isdecimal()) or not (
         any(kind.lower() == wanted.gpus.lower() for kind in matches) if separator else matches
     ):
         raise ConfigError(f"--gpus is {wanted.gpus!r}, must be one of {', '.join(matches or kinds)}, or a name alone")

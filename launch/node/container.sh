@@ -217,8 +217,11 @@ push() { # TARGET
   within $PULL_SECONDS manifest push --purge "$IMAGE-$target"
 }
 
-remove_container() { # a container that outlived its docker client holds the GPUs and the name
-  if within $ASK_SECONDS container inspect "$NAME" >/dev/null 2>&1; then within $ASK_SECONDS rm -f "$NAME" >/dev/null; fi
+remove_containers() { # of the job before: one that outlived its docker client holds the GPUs and the name
+  local name
+  for name in "$NAME" "$NAME-alive"; do
+    if within $ASK_SECONDS container inspect "$name" >/dev/null 2>&1; then within $ASK_SECONDS rm -f "$name" >/dev/null; fi
+  done
 }
 
 stop_container() {
@@ -237,10 +240,18 @@ started_at() {
   echo $((ended > boot ? ended : boot))
 }
 
+# Starts a small container that records, until the machine ends, that it is up: launch/node/alive.py.
+ALIVE=()
+record_life() {
+  [ -n "${SKYPILOT_CLUSTER_INFO:-}" ] && [ ${#ALIVE[@]} -gt 0 ] || return 0
+  within 20 run --detach --rm --init --no-healthcheck --name "$NAME-alive" --network host --memory 1g --cpu-shares 64 "${ALIVE[@]}" \
+    python -m launch.node.alive >/dev/null 2>&1 || say "the time until this machine ends is not recorded"
+}
+
 run() { # TARGET COMMAND ...
   local target=$1 name device options=()
   shift
-  remove_container
+  remove_containers
   SEGMENT_STARTED_AT=$(started_at)
   # The container cannot read the kernel log. Its XID lines name GPU faults.
   NODE_XIDS=$(sudo -n timeout -k 5 20 dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
@@ -263,6 +274,7 @@ run() { # TARGET COMMAND ...
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac
   done
+  ALIVE=("${options[@]}" "$NAME:$target")
   find_gpus
   if [ -n "$GPUS" ]; then options+=(--gpus all); fi
   # NVIDIA's container toolkit does this from 1.17.5 on, unless it is switched off. With a new driver the package's
@@ -291,6 +303,7 @@ CLIENT=
 leave() { # EXIT_CODE
   local code=$1 said=
   stop_container || say "the container could not be stopped; see the lines above"
+  record_life
   case $code in 129 | 130 | 143) ;; *) exit "$code" ;; esac
   if [ -n "$CLIENT" ]; then
     for _ in {1..50}; do kill -0 "$CLIENT" 2>/dev/null || break; sleep 0.1; done

@@ -23,11 +23,14 @@ EFA_LIBRARIES = ("/opt/amazon/ofi-nccl/lib", "/opt/amazon/efa/lib")
 def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
     """The rank of this node, and the addresses of all nodes.
 
-    Raises ConfigError if SkyPilot's variables contradict each other.
+    Raises ConfigError if SkyPilot's variables contradict each other, or if the rank is not a number.
     """
     addresses = (environment.get("SKYPILOT_NODE_IPS") or "127.0.0.1").split()
-    rank = int(environment.get("SKYPILOT_NODE_RANK") or 0)
-    if not 0 <= rank < len(addresses):
+    text = environment.get("SKYPILOT_NODE_RANK") or "0"
+    if not text.isdecimal():
+        raise ConfigError(f"SKYPILOT_NODE_RANK is {text!r}, must be the number of this node; SkyPilot counts from 0")
+    rank = int(text)
+    if rank >= len(addresses):
         raise ConfigError(f"SKYPILOT_NODE_RANK is {rank}, but SKYPILOT_NODE_IPS has {len(addresses)} addresses")
     return rank, addresses
 
@@ -35,7 +38,7 @@ def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
 def ranks_per_node(environment: Mapping[str, str]) -> int:
     """The number of ranks on this node: RANKS_PER_NODE or, if it is not set, one rank per GPU. Raises ConfigError."""
     text = environment.get("RANKS_PER_NODE") or environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or "1"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"RANKS_PER_NODE is {text!r}, must be a whole number; leave it empty for one rank per GPU")
     return max(1, int(text))
 

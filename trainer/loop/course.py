@@ -48,7 +48,7 @@ def open_course(stage: Stage) -> list[Change]:
 def parse_source(given: str) -> tuple[RunFolder, str]:
     """RUN@STEP, RUN@trunk or RUN → the run's folder, and the step as text ("" if it is not given)."""
     run, at, step = given.rpartition("@")
-    if at and (step.isdigit() or step == TRUNK):
+    if at and (step.isdecimal() or step == TRUNK):
         return RunFolder(run), step
     return RunFolder(given), ""
 
