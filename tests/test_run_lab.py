@@ -78,7 +78,7 @@ class Money:
 
     def finishes(self, command: subprocess.Popen) -> None:
         """The command ends well, with an annealed model that is exported, and no machine of it is left."""
-        assert command.wait(2400) == 0, self.said[-3000:]
+        assert command.wait(3600) == 0, self.said[-3000:]
         print(self.said)
         assert "config.json" in "".join(self.lab.objects(f"{self.folder}/exports"))
         assert "000001.json" in self.course()
