@@ -25,6 +25,8 @@ SMALL = "--batch.tokens_per_step=256 --batch.micro_batch_size=2 --train.log_ever
 SMALL += " --train.eval_tokens=1024 --checkpoint.every_steps=20 --optimizer.warmup_steps=5 --train.steps=100000"
 # On few processors threads would wait for each other.
 SMALL += f" --train.cpu_threads=1 --run.shutdown_reserve_seconds={RESERVE_SECONDS}"
+# The sums last for up to forty minutes of training.
+LONGEST_SECONDS = 3600
 STAGES = ("prep-data", "evaluate", "export")
 MOST_UNSPENT = 0.03
 
@@ -78,7 +80,7 @@ class Money:
 
     def finishes(self, command: subprocess.Popen) -> None:
         """The command ends well, with an annealed model that is exported, and no machine of it is left."""
-        assert command.wait(3600) == 0, self.said[-3000:]
+        assert command.wait(LONGEST_SECONDS) == 0, self.said[-3000:]
         print(self.said)
         assert "config.json" in "".join(self.lab.objects(f"{self.folder}/exports"))
         assert "000001.json" in self.course()
@@ -114,7 +116,7 @@ def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp
     command = money.start()
     wait("a step", lambda: lab.step(money.run) > 0 or command.poll() is not None)
     money.preempt()
-    wait("the cooldown", lambda: money.course() or command.poll() is not None)
+    wait("the cooldown", lambda: money.course() or command.poll() is not None, LONGEST_SECONDS)
     money.preempt()
     money.finishes(command)
     assert "training: sky/pretrain-8xa100-spot.yaml" in money.said
