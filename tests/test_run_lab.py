@@ -102,7 +102,7 @@ class Money:
 
 def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path):  # noqa: F811
     options = ("--gpus=A100:8", "--cloud=aws", "--on-demand")
-    money = Money(lab, tmp_path / "said.txt", "money", "pretrain-8xa100", 20.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money", "pretrain-8xa100", 16.0, *options)
     money.stop(money.start())
     money.finishes(money.start())
     assert money.said.count("preparation: sky/prep-data.yaml") <= 1
@@ -112,7 +112,7 @@ def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path)
 
 def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp_path: Path):  # noqa: F811
     options = ("--gpus=A100:8", "--cloud=aws")
-    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 15.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 9.0, *options)
     command = money.start()
     wait("a step", lambda: lab.step(money.run) > 0 or command.poll() is not None)
     money.preempt()
