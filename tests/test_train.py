@@ -3,12 +3,13 @@
 import dataclasses
 import re
 import signal
+import time
 
 import pytest
 
 from core import storage
 from core.errors import ConfigError
-from core.run.reader import spent_usd_at_most
+from core.run.reader import read_run, spent_usd_at_most
 from core.settings.training import BatchConfig
 from tests import corpus, launching, patched
 from tests.faulty_proxy import FaultyProxy
@@ -163,6 +164,21 @@ def test_the_cap_stops_the_run_saved_and_a_larger_one_goes_on(data_url: str, tmp
     code, output = launching.finish(launching.start(1, *flags, environment={"MAX_USD": "60"}))
     assert code != 0
     assert "run.max_usd is 60, but this machine's price is not known; set USD_PER_HOUR" in output
+
+
+def test_a_finished_run_is_finished_even_if_another_machine_has_spent_the_cap(data_url: str):
+    """SkyPilot replaces a machine that it loses before it has heard of the job's end."""
+    run_url = data_url.replace("/set", "/over")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=2", "--run.max_usd=5"]
+    code, output = launching.finish(launching.start(1, *flags, environment={"USD_PER_HOUR": "0.01"}))
+    assert code == 0, output
+    dear = {"USD_PER_HOUR": "3600", "SEGMENT_STARTED_AT": str(time.time() - 60)}
+    code, output = launching.finish(launching.start(1, *flags, environment=dear))
+    assert code == 0, output
+    assert [segment.end["reason"] for segment in read_run(run_url).segments] == ["finished", "finished"]
+    code, output = launching.finish(launching.start(1, *flags, "--extend", "--train.steps=4", environment=dear))
+    assert code != 0
+    assert "stopped by the cap at step 2 of 4" in output
 
 
 def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str):

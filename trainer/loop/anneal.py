@@ -280,15 +280,15 @@ def describe(change: Change, spent: str) -> str:
     return f"{what} after step {change.step}: {length}, because {WHY[change.why]} ({spent})"
 
 
-def describe_end(schedule: Schedule, reached: int, run_url: str, before: str = "") -> str:
+def describe_end(schedule: Schedule, reached: int, run_url: str) -> str:
     """A sentence that says whether the cooldown is complete at step `reached`. It is empty if no cooldown has begun."""
     plan = schedule.cooldown
     if plan is None or reached <= schedule.trunk:
         return ""
     begun, cooled = schedule.trunk, reached - schedule.trunk
     if reached < schedule.end:
-        return f"{before}{NOT_ANNEALED}: {cooled} of the {schedule.end - begun} steps of the cooldown are done"
+        return f"{NOT_ANNEALED}: {cooled} of the {schedule.end - begun} steps of the cooldown are done"
     return (
-        f"{before}annealed over {cooled} steps; the checkpoint before the cooldown, step {begun}, is kept: "
+        f"annealed over {cooled} steps; the checkpoint before the cooldown, step {begun}, is kept: "
         f"a new run can start from it with --from={run_url}@{begun} and another run.url"
     )

@@ -119,7 +119,9 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         spent = on_main(lambda: _spent(segment, settings), ranks)
         if spent:  # earlier segments have spent the cap, so this segment ends before its machine costs more
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
-            return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
+            # A launcher that loses the machine of a finished run starts another one.
+            request = None if saved >= stage.steps else StopRequest("cap", spent)
+            return _leave_together(_close(stage, segment, saved, request), ranks)
 
         # 5. Fill the model and the optimizer from the newest checkpoint, if any. They hold the same bits on every rank.
         model = stage.build()
@@ -273,12 +275,12 @@ def _close(
     stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
 ) -> int:
     """Close the segment with the reason why it ends at step `reached`. Returns the exit code."""
+    annealed = describe_end(stage.schedule, reached, stage.settings.run.url)
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
         if segment.ledger:
-            said = (describe_end(stage.schedule, reached, stage.settings.run.url),)
-            for line in filter(None, (*said, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
+            for line in filter(None, (annealed, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
                 log.info("%s", line)
         url = shlex.quote(stage.settings.run.url)
         log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
@@ -294,7 +296,7 @@ def _close(
             reached,
             stage.steps,
             request.detail,
-            "" if NOT_ANNEALED in request.detail else describe_end(stage.schedule, reached, "", before="; "),
+            f"; {annealed}" if annealed and NOT_ANNEALED not in request.detail else "",
             RESTARTS if RESTARTS in request.detail else segment.cap.variable() if segment.cap else "MAX_USD",
         )
         return CAPPED
