@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from core.exit_codes import FAILED, OK
 from core.figures import quantity
 from core.run import cache
 from core.run.reader import read_run
+from core.settings.training import TrainingConfig
 from core.task import TaskSpec, machine_choice, read_task
 from costs import discover, foreseen, render, throughput
 from costs.forecast import (
@@ -28,6 +30,7 @@ from costs.forecast import (
     is_timed,
     preparation_usd,
 )
+from costs.plan import own as own_runs
 from costs.tables import Sheet
 
 ROWS_SHOWN = 20
@@ -50,14 +53,19 @@ def main(arguments: list[str]) -> int:
     _check(options)
     task = read_task(options.task, os.environ, machine_choice(arguments))
     offers = providers.load(options.offline)
-    measured = _measured(options.like)
+    own, said = _own_runs(options.like, task)
     assume = assumptions(options)
     rates = discover.rates_for(discover.FORECAST_BUCKET)
-    forecast = forecast_of(task, offers, assume, rates, options.tokens, measured)
+    forecast = forecast_of(task, offers, assume, rates, options.tokens, own)
+    used = {throughput.nearest(own, row.offer, row.nodes, forecast.flops) for row in forecast.rows} - {None}
+    if used:
+        given = [field.name for field in dataclasses.fields(Assumptions) if getattr(options, field.name) is not None]
+        own = throughput.without([own_runs.with_machine_times(each, options.offline) for each in used], given)
+        forecast = forecast_of(task, offers, assume, rates, options.tokens, own)
     if not forecast.rows:
         raise ConfigError(f"{options.task}: no offer fits its resources in {offers.source}")
-    change = best_change(forecast, offers, assume, rates, measured)
-    notes = _notes(forecast, change, assume, options.cap or _cap(task)) + _price_notes(forecast, offers, assume)
+    change = best_change(forecast, offers, assume, rates, own)
+    notes = _notes(forecast, change, assume, options.cap or _cap(task)) + _price_notes(forecast, offers, assume) + said
     if options.brief:
         print(_brief(forecast, options.cap or _cap(task)))
     elif options.json:
@@ -143,13 +151,20 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
     return Assumptions(**{name: value for name in names if (value := getattr(options, name)) is not None})
 
 
-def _measured(run_url: str | None) -> throughput.Measured | None:
-    if run_url is None:
-        return None
-    found = throughput.measure(read_run(run_url, cache_file=cache.path_for(run_url)))
-    if found is None:
-        raise ConfigError(f"--like {run_url}: no segment of this run has trained with metrics")
-    return found
+def _own_runs(like: str | None, task: TaskSpec) -> tuple[list[throughput.Measured], list[str]]:
+    """Measurements of the run `like` or, for a training, of the runs in BUCKET. Also notes, if these cannot be read.
+
+    Raises ConfigError if the run `like` has measured nothing.
+    """
+    if like is not None:
+        found = throughput.measure(read_run(like, cache_file=cache.path_for(like)))
+        if found is None:
+            raise ConfigError(f"--like {like}: no segment of this run has trained with metrics")
+        return [found], []
+    if not isinstance(task.workload.config, TrainingConfig) or not os.environ.get("BUCKET"):
+        return [], []
+    own = own_runs.in_bucket(os.environ)
+    return list(itertools.chain(*own.speeds.values())), [own.said] if own.failed else []
 
 
 def _cap(task: TaskSpec) -> float | None:

@@ -6,7 +6,7 @@ forecast.rows[0].usd
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from clouds import aws
@@ -123,8 +123,9 @@ def forecast_of(
     assume: Assumptions,
     rates: StorageRates | None,
     tokens: float | None = None,
-    measured: Measured | None = None,
+    own: Sequence[Measured] = (),
 ) -> Forecast:
+    """The forecast of a task. Measurements of the user's `own` runs are preferred to published and assumed values."""
     workload = task.workload
     sources = {f"assumed: {workload.assumed}"} if workload.assumed else set()
     if tokens is None:
@@ -139,6 +140,7 @@ def forecast_of(
 
     def row(offer: Offer, spot: bool) -> ForecastRow:
         found = ForecastRow(offer, spot, task.nodes, (offer.usd_spot if spot else offer.usd_on_demand) * task.nodes)
+        measured = throughput.nearest(own, offer, task.nodes, flops)
         if timed:
             rate = Throughput(0.5, 1.0, 2.0, "assumed", f"{_TIMED[workload.stage][1]}: {timed:.0f} s, assumed")
         elif not tokens:
@@ -239,7 +241,12 @@ def _parts(
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
     # The start that was measured on a run includes the pull of the image.
     image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
-    parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
+    provision, shutdown = assume.provision_seconds, assume.shutdown_seconds or 0.0
+    if same and measured.provision_seconds is not None:
+        provision = measured.provision_seconds
+    if same and measured.shutdown_seconds is not None:
+        shutdown = measured.shutdown_seconds
+    parts = {"provision": provision, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
     train = effort.training
     interval = _checkpoint_seconds(train, speed) if train else 0.0
@@ -251,10 +258,10 @@ def _parts(
             evaluated = steps / train.train.eval_every * _eval_tokens(train, assume)
             parts["eval"] = evaluated / (speed * EVAL_SPEEDUP)
         parts["checkpoint"] = work / interval * assume.checkpoint_blocked_seconds
-    parts["idle until down"] = assume.shutdown_seconds or 0.0
+    parts["idle until down"] = shutdown
     restarts = assume.preemptions_per_hour * unlucky * sum(parts.values()) / 3600 if row.spot else 0.0
     if restarts:
-        start = assume.provision_seconds + image + ready
+        start = provision + image + ready
         parts["restarts and lost work"] = restarts * (start + interval / 2)
     return {name: seconds for name, seconds in parts.items() if seconds}, restarts
 
@@ -359,7 +366,7 @@ def dominates(row: ForecastRow) -> str | None:
 
 
 def best_change(
-    forecast: Forecast, catalog: Catalog, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
+    forecast: Forecast, catalog: Catalog, assume: Assumptions, rates: StorageRates | None, own: Sequence[Measured] = ()
 ) -> Change | None:
     """The single change with the lowest expected dollars. None if no change is cheaper than the best offer."""
     now = forecast.rows[0] if forecast.rows else None
@@ -372,7 +379,7 @@ def best_change(
     }
     for what, fields in settings.items():
         changed = dataclasses.replace(assume, **fields)
-        again = forecast_of(forecast.task, catalog, changed, rates, forecast.tokens, measured)
+        again = forecast_of(forecast.task, catalog, changed, rates, forecast.tokens, throughput.without(own, fields))
         if again.rows and again.rows[0].usd is not None:
             changes.append(Change(what, again.rows[0].usd))
     changes.append(Change("half as many validations", now.usd - now.parts.get("eval", 0.0) / 2))

@@ -5,7 +5,7 @@ GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † ar
 computed from the tokens/s or ms/step that the sources state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +72,11 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Measured:
-    """Throughput and overhead of a run of this project, measured on the run's last machine that trained."""
+    """Throughput and overhead of a run of this project, measured on the run's last machine that trained.
+
+    `provision_seconds` is the time from the request for the machine to its boot. `shutdown_seconds` is the time from
+    the end of the program to the end of the machine. Both are None if they are unknown.
+    """
 
     run: str
     instance_type: str | None
@@ -82,6 +86,25 @@ class Measured:
     flops_per_token: float | None
     ready_seconds: float
     overhead_share: float
+    ended_at: float = 0.0
+    provision_seconds: float | None = None
+    shutdown_seconds: float | None = None
+
+
+def nearest(own: Iterable[Measured], offer: Offer, nodes: int, flops: float | None) -> Measured | None:
+    """The newest measurement on the offer's instance type whose number of GPUs and FLOPs per token differ least."""
+    gpus = offer.accelerators * nodes
+
+    def distance(each: Measured) -> tuple[bool, float, float]:
+        return each.gpus != gpus, abs((each.flops_per_token or 0.0) - (flops or 0.0)), -each.ended_at
+
+    return min((each for each in own if each.instance_type == offer.instance_type), key=distance, default=None)
+
+
+def without(own: Iterable[Measured], names: Iterable[str]) -> list[Measured]:
+    """The measurements without those fields, which an assumption replaces. Other names are ignored."""
+    dropped = {"provision_seconds", "shutdown_seconds"}.intersection(names)
+    return [replace(each, **dict.fromkeys(dropped)) for each in own]
 
 
 def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
@@ -134,6 +157,7 @@ def measure(run: Run) -> Measured | None:
             flops_per_token=flops_per_token(run.config),
             ready_seconds=sum(spent.get(phase, 0.0) for phase in PREPARATION_PHASES),
             overhead_share=others / trained if trained else 0.0,
+            ended_at=segment.ended_at or 0.0,
         )
     return None
 

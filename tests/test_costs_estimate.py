@@ -11,6 +11,7 @@ from clouds import providers, skypilot
 from clouds.base import Offer, Unavailable
 from clouds.catalog import Catalog, fits
 from core.errors import ConfigError
+from core.run import paid
 from core.run.reader import read_run
 from core.task import MachineRequest, TaskSpec, read_task
 from costs import command, discover, throughput
@@ -170,39 +171,68 @@ def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
     assert "egress" not in by_cloud["aws"].parts
 
 
-def measured_run(tmp_path: Path) -> GoldenRun:
+def measured_run(folder: Path) -> GoldenRun:
     """100 steps of 1M tokens at 2 s each, with 10 % beside them, on one p4d; 60 s to get ready, on the bill 290 s."""
-    run = GoldenRun(tmp_path / "run", config={"train": {}})
+    run = GoldenRun(folder, config={"train": {}})
     steps = [[step, 2.0, 0.1] for step in range(1, 101)]
     events = [mark("restored", step=0), span(NOON, NOON + 60, setup=40.0, compile=20.0)]
     events.append(span(NOON + 60, NOON + 280, steps, train=200.0, data_wait=10.0, checkpoint=10.0))
     events.append({"event": "end", "time": NOON + 280, "reason": "finished", "step": 100})
-    run.segment(1, NOON, events, usd_per_hour=20.0)
+    run.segment(1, NOON, events, usd_per_hour=20.0, host="host-1")
     run.metrics(1, [train_metric(step, NOON + 60 + 2.2 * step) for step in range(1, 101)])
     return run
 
 
 def test_a_forecast_from_a_run_agrees_with_its_report(tmp_path: Path):
-    run = read_run(measured_run(tmp_path).url)
+    run = read_run(measured_run(tmp_path / "run").url)
     measured = throughput.measure(run)
     assert measured.tokens_per_second == pytest.approx(5e5)
     assert (measured.ready_seconds, measured.overhead_share) == (60.0, pytest.approx(0.1))
     task = load(write(tmp_path, "accelerators: A100:8", GPT2))
-    [row] = forecast_of(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, measured=measured).rows
+    [row] = forecast_of(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, own=[measured]).rows
     assert row.kind == "measured"
     assert row.usd == pytest.approx(build(run, LATER).total.usd, rel=0.01)
+
+
+def test_own_runs_in_the_bucket_are_used_without_being_asked_for(tmp_path: Path, capsys, monkeypatch):
+    """Speed and overhead of the newest on the machine type, and how long its machine was up after its program."""
+    run = measured_run(tmp_path / "runs/one")
+    for name, at in (("start", NOON), ("end", NOON + 280), ("alive", NOON + 340)):
+        document = {"started_at": NOON, "time": at, "usd_per_hour": 20.0, "host": "host-1"}
+        run.write(f"machines/one/{name}.json", json.dumps(document))
+    monkeypatch.setenv("BUCKET", str(tmp_path))
+    task = write(tmp_path, "{infra: aws/us-east-1, accelerators: 'A100:8', use_spot: false}", GPT2)
+
+    def document(*flags: str) -> dict:
+        return json.loads(estimate(capsys, str(task), "--json", *flags))
+
+    def forecast(*flags: str) -> dict:
+        return document(*flags)["offers"][0]
+
+    offer = forecast()
+    second = offer["usd_per_hour"] / 3600
+    assert (offer["kind"], offer["offer"]["instance_type"]) == ("measured", "p4d.24xlarge")
+    assert offer["parts"]["ready"] == pytest.approx(60 * second)
+    assert offer["parts"]["idle until down"] == pytest.approx((60 + paid.ALIVE_SECONDS) * second)
+    assert offer["parts"]["train"] == pytest.approx(forecast("--like", run.url)["parts"]["train"])
+    assert forecast("--shutdown-seconds=7")["parts"]["idle until down"] == pytest.approx(7 * second)
+    assert forecast()["parts"]["provision"] == pytest.approx(Assumptions().provision_seconds * second)
+    monkeypatch.delenv("BUCKET")
+    assert forecast()["kind"] == "sourced"
+    monkeypatch.setenv("BUCKET", "no-such-scheme://x")
+    assert "own runs: BUCKET cannot be read" in document()["notes"][-1]
 
 
 def test_the_best_single_change_saves_most(tmp_path: Path):
     task = load(write(tmp_path, "{accelerators: 'A100:8', use_spot: false}"))
     catalog = Catalog((offer(),), "by hand")
     plan = forecast_of(task, catalog, Assumptions(), None)
-    change = best_change(plan, catalog, Assumptions(), None, None)
+    change = best_change(plan, catalog, Assumptions(), None)
     assert change.what == "take aws p4d.24xlarge in use1-az1, spot"
     assert change.usd < plan.rows[0].usd
     slow_to_start = dataclasses.replace(Assumptions(), image_seconds=36000.0)
     only = Catalog((offer(usd_spot=None),), "by hand")
-    change = best_change(forecast_of(task, only, slow_to_start, None), only, slow_to_start, None, None)
+    change = best_change(forecast_of(task, only, slow_to_start, None), only, slow_to_start, None)
     assert change.what == "an image that is already on the machine"
     assert dominates(forecast_of(task, only, slow_to_start, None).rows[0]).startswith("image, ")
 

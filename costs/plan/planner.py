@@ -221,8 +221,7 @@ def _buyer(machine: Machine, candidate: Candidate, prices: Prices) -> Buyer | st
     """A candidate on a machine, or the reason why it is refused."""
     offer = machine.offer
     flops = flops_per_token(candidate.settings.model)
-    own = prices.own.get(offer.instance_type, ())
-    measured = min(own, key=lambda each: abs((each.flops_per_token or 0.0) - flops), default=None)
+    measured = throughput.nearest(prices.own.get(offer.instance_type, ()), offer, 1, flops)
     rate = throughput.rate_of(offer, 1, flops, measured)
     if rate is None or rate.kind == "assumed":
         return "its speed was neither measured nor published; give --like RUN_URL of a run on it"
