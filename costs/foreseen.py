@@ -26,8 +26,8 @@ LINES = {
     "other": ("not_attributed", "api", "elsewhere", "factor"),
     "provision": ("provision",),
     "image, ready": ("setup", "init", "compile", "restore"),
-    "train": ("train_kept", "data_wait", "prep", "finalize", "export", "serve"),
-    "eval, sample, checkpoint": ("eval", "sample", "checkpoint"),
+    "train": ("train_kept", "prep", "finalize", "export", "serve"),
+    "eval, sample, checkpoint, wait": ("eval", "sample", "checkpoint", "data_wait"),
     "restarts and lost work": ("train_lost",),
     "idle until down": ("idle_until_down", "idle", "billing_unit"),
     "storage": ("storage", "requests"),
@@ -42,11 +42,10 @@ _PARTS = {
     "build": "train",
     "export": "train",
     "serve": "train",
-    "sample": "eval, sample, checkpoint",
+    "sample": "eval, sample, checkpoint, wait",
     "jobs controller": "controller",
-    "eval": "eval, sample, checkpoint",
-    "checkpoint": "eval, sample, checkpoint",
-    "eval, sample, checkpoint, wait": "eval, sample, checkpoint",
+    "eval": "eval, sample, checkpoint, wait",
+    "checkpoint": "eval, sample, checkpoint, wait",
 }
 # These parts of a plan are left out of the comparison: they belong to separate runs, or are not a cost.
 _OTHERS = ("preparation", "evaluation", "reserve")
