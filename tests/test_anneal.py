@@ -200,6 +200,18 @@ def test_a_small_shortage_is_judged_near_the_end(tmp_path):
     assert clock.spent + 36 <= 1000
 
 
+def test_a_short_disturbance_does_not_leave_money_unused(tmp_path):
+    """Forty steps of twice the time, early in the cooldown: the pace before and after them counts more."""
+    clock = Clock(str(tmp_path), max_usd=4000.0)
+    clock.train(until=3300)
+    assert clock.schedule.cooldown
+    clock.train(3300, until=3340, seconds=2.0)
+    end = clock.train(3340)
+    assert clock.requests.stop is None
+    assert end == clock.schedule.end
+    assert 0.97 * 4000 < clock.spent + 36 <= 4000
+
+
 def test_less_than_a_tenth_of_the_steps_is_not_called_a_cooldown(tmp_path):
     clock = Clock(str(tmp_path), max_usd=1000.0)
     clock.train(until=700)

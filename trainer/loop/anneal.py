@@ -33,11 +33,11 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 SHORTEST = 0.10  # the shortest cooldown, as a share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
-LATE = 0.25  # a re-plan waits until the money pays for at most this share of the cooldown (see `_replanned`)
+LATE = 0.15  # a re-plan waits until the money pays for at most this share of the cooldown (see `_replanned`)
 MARGIN = 1.02  # factor on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
-REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # steps that a re-plan leaves unused: this share of them, and this number more
-RECENT_STEPS = 50
+REPLAN_MARGIN, REPLAN_STEPS = 0.20, 3  # steps that a re-plan leaves unused: this share of them, and this number more
+RECENT_STEPS = 200  # the mean of fewer steps follows short disturbances, and then a re-plan leaves money unused
 LEAST_STEPS = 3  # measured steps before a decision
 LOOK_SECONDS = 10.0
 
