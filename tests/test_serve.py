@@ -235,7 +235,10 @@ def test_what_is_no_request_is_refused(url, client):
     assert post(url, b"[]")[1]["error"]["message"] == "the body must be a JSON object"
     assert post(url, b"x" * (2 << 20))[0] == 413
     assert post(url, b"{}", **{"Content-Type": "text/plain"})[0] == 415
-    assert post(url, b"{}", path="/v1/embeddings")[0] == 404
+    status, answer = post(url, b"{}", path="/v1/responses")
+    assert status == 404
+    said = "POST /v1/responses: this server has /v1/completions and /v1/chat/completions"
+    assert answer["error"]["message"] == said
     with pytest.raises(openai.NotFoundError, match="the model 'gpt-4' does not exist; this is tuned"):
         client.completions.create(model="gpt-4", prompt="a")
     with pytest.raises(openai.BadRequestError, match=r"message 0: its role is 'tool'") as caught:

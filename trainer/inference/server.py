@@ -27,6 +27,7 @@ from trainer.inference.worker import Busy, Failed, Worker
 log = logging.getLogger("serve")
 KEY = "SERVE_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
+ANSWERS = ("/v1/completions", "/v1/chat/completions")
 MOST_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0
 # The page loads nothing but itself and connects to this server only.
@@ -62,8 +63,8 @@ class HttpServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._named_model)
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_post("/v1/chat/completions", self._chat_completions)
+        for path, handler in zip(ANSWERS, (self._completions, self._chat_completions), strict=True):
+            app.router.add_post(path, handler)
         return app
 
     async def _with_worker(self, _: web.Application) -> AsyncIterator[None]:
@@ -204,6 +205,8 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
         failure = ApiError(500, str(error))
     except LauncherError as error:
         failure = ApiError(400, str(error))
+    except web.HTTPNotFound:
+        failure = ApiError(404, f"{request.method} {request.path}: this server has {' and '.join(ANSWERS)}")
     except web.HTTPException as error:
         failure = ApiError(error.status, f"{request.method} {request.path}: {error.reason}")
     except Exception:
