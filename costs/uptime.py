@@ -267,7 +267,7 @@ def _between(
     known = ends[last.number] if last_is_own else End(None)
     if known.program is not None:
         _unheard(found, record, last, min(known.program, end))
-    if not last.is_live(now):
+    if known.alive is not None or not last.is_live(now):
         if known.alive is not None and not record.exact:
             _after_sign(found, record, end, reached, last, known.alive)
         else:

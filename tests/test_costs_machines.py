@@ -226,6 +226,9 @@ def test_signs_of_life_after_a_kill_are_paid_too(tmp_path: Path):
     record_of_node(run, "one", "a", NOON, NOON + 9, None, alive=NOON + 1100)
     found = report(run, machine(NOON, NOON + 1130, cloud="lambda"), clouds={})
     assert amount(found) == (11.00, 11.80, True)  # two intervals, and a minute that is begun
+    # So soon after the last heartbeat, the program might still run, but only an ended one gives signs of life.
+    soon = report(run, machine(NOON, None, cloud="lambda"), clouds={}, now=NOON + 1110)
+    assert amount(soon) == (11.00, 11.10, True)
 
 
 def test_a_machine_that_is_kept_up_gives_no_signs_after_an_hour(tmp_path: Path):
