@@ -104,6 +104,12 @@ class Lab:
         options = options or ("--offline", "--json")
         return json.loads(self.python("cost_report.py", f"s3://{BUCKET}/runs/{run}", *options, environment=environment))
 
+    def charges(self, run: str) -> list[dict[str, str]]:
+        """The rows of the report's CSV, by all that is known."""
+        environment = {"AWS_ENDPOINT_URL": self.endpoint}
+        text = self.python("cost_report.py", f"s3://{BUCKET}/runs/{run}", "--csv", environment=environment)
+        return list(csv.DictReader(io.StringIO(text)))
+
     def forecast(self, task: str, *options: str, **settings: str) -> dict:
         """The offer of `estimate` whose speed was measured; the pretended GPUs of others have published speeds."""
         environment = {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.endpoint, **REHEARSAL, **settings}
