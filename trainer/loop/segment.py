@@ -119,9 +119,8 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         spent = on_main(lambda: _spent(segment, settings), ranks)
         if spent:  # earlier segments have spent the cap, so this segment ends before its machine costs more
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
-            # A launcher that loses the machine of a finished run starts another one.
-            request = None if saved >= stage.steps else StopRequest("cap", spent)
-            return _leave_together(_close(stage, segment, saved, request), ranks)
+            is_over = saved >= stage.steps  # a launcher that loses the machine of a finished run starts another one
+            return _leave_together(_close(stage, segment, saved, None if is_over else StopRequest("cap", spent)), ranks)
 
         # 5. Fill the model and the optimizer from the newest checkpoint, if any. They hold the same bits on every rank.
         model = stage.build()
@@ -288,8 +287,7 @@ def _close(
     segment.mark("notice", kind=request.kind, detail=request.detail)
     if request.kind == "cap":
         stop.settle(CAPPED)
-        limit = stage.settings.run.max_usd
-        segment.mark("cap", limit_usd=limit, spent_usd=segment.cap and segment.cap.spent_usd())
+        segment.mark("cap", limit_usd=stage.settings.run.max_usd, spent_usd=segment.cap and segment.cap.spent_usd())
         segment.close("cap", reached)
         log.warning(
             "stopped by the cap at step %d of %d, which is saved: %s%s; to continue, raise %s and repeat the command",
