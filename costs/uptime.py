@@ -14,7 +14,7 @@ from clouds.providers import cloud_named
 from core import figures
 from core.run.journal import FLUSH_SECONDS
 from core.run.model import Run, Segment
-from core.run.paid import ALIVE_FOR_SECONDS, ALIVE_SECONDS, Paid
+from core.run.paid import AFTER_SIGN_SECONDS, ALIVE_FOR_SECONDS, Paid
 from costs.model import OutsideTime
 
 # A launcher asks for a machine's state from time to time, so it notices the end of the machine up to this many seconds
@@ -289,7 +289,7 @@ def _after_sign(
 
     A machine ends soon after its last sign of life, unless its launcher still lists it.
     """
-    latest = max(alive, min(end, alive + 2 * ALIVE_SECONDS))
+    latest = max(alive, min(end, alive + AFTER_SIGN_SECONDS))
     if end - latest > NOTICED_LATE_SECONDS:
         silence = f"{record.origin}: {record.cluster} {{}} {figures.duration(end - alive)} after its last sign of life"
         if record.end is None:
@@ -366,8 +366,8 @@ def _without_record(
         if ended > segment.ended_at:
             found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
         if alive is not None:
-            more = 2 * ALIVE_SECONDS
-            found.times.append(OutsideTime("idle_until_down", ended, alive, record, segment, more_seconds=more))
+            time = OutsideTime("idle_until_down", ended, alive, record, segment, more_seconds=AFTER_SIGN_SECONDS)
+            found.times.append(time)
     for each in attempts:
         if each.is_in(run.segments) or is_covered(each.seen_at) or any(_ran_at(s, each) for s in run.segments):
             continue

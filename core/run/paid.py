@@ -35,6 +35,9 @@ SAME_SECONDS = 1.5
 # than the second number is kept up on purpose, and writes no more.
 ALIVE_SECONDS = 10.0
 ALIVE_FOR_SECONDS = 3600.0
+# After its last sign of life, a machine may have been up for nearly two intervals: one until the next sign, and one in
+# which the store did not answer.
+AFTER_SIGN_SECONDS = 2 * ALIVE_SECONDS
 # Longest plausible time in seconds from a program's end to its machine's end. If it took longer, the machine did
 # something else meanwhile.
 LONGEST_SHUTDOWN_SECONDS = 900.0
@@ -73,14 +76,10 @@ class Paid:
 
     @property
     def gone_at_most(self) -> float | None:
-        """The latest time at which the machine itself ended, None if unknown.
-
-        After the last sign of life, the machine may have been up for nearly two intervals: one until the next sign, and
-        one in which the store did not answer.
-        """
+        """The latest time at which the machine itself ended, None if unknown."""
         if self.gone_at is not None or self.alive_at is None:
             return self.gone_at
-        return self.alive_at + 2 * ALIVE_SECONDS
+        return self.alive_at + AFTER_SIGN_SECONDS
 
     @property
     def shutdown_seconds(self) -> float:
